@@ -1,0 +1,54 @@
+# One page of commands. Needs python3 (3.10 to 3.13) with venv and pip; the demo data also needs npm and apt-get.
+#   make setup PYTHON=python3.12        another interpreter
+#   PIP_EXTRA_INDEX_URL=... make setup  any pip setting works through its environment variables
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test format clean
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+# $(call step,title,command): a heading, the command, the seconds it took. Join commands with `;`, not `&&`: under
+# `set -e` a failure left of `&&` would not stop the recipe. A command with a comma needs a variable, as below.
+step = @printf '\n== %s\n' '$(1)'; began=$$SECONDS; $(2); printf -- '-- %s: %d s\n' '$(1)' $$((SECONDS - began))
+
+CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version.split()[0]; print("Python", v); \
+	sys.exit(0 if (3, 10) <= sys.version_info < (3, 14) else "needs Python 3.10 to 3.13: make setup PYTHON=python3.12")'
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --editable '.[serve,dev]'
+
+help:  ## list the targets (default)
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+setup: $(STAMP)  ## create .venv and install the project into it, with all extras
+
+# The stamp is written last, so an interrupted installation is taken up again; it is as old as the dependencies.
+$(STAMP): pyproject.toml
+	$(call step,virtual environment,$(CHECK_PYTHON); $(PYTHON) -m venv --clear $(VENV))
+	$(call step,install,$(INSTALL))
+	@touch $@
+
+demo: setup  ## fetch real data, train from scratch, evaluate, report, serve, ask the server (<= 12 minutes)
+	$(call step,demo,$(BIN)/vlp demo --run-dir runs/demo)
+
+test: setup  ## everything CI runs: format, lint, types, quick tests, wheel, wheel smoke
+	$(call step,format,$(BIN)/ruff format --check .)
+	$(call step,lint,$(BIN)/ruff check .)
+	$(call step,types,$(BIN)/mypy)
+	$(call step,test data,$(BIN)/vlp data fetch starter; $(BIN)/vlp data fetch towers)
+	$(call step,quick tests,$(BIN)/python -m pytest -m 'not slow')
+	$(call step,wheel,rm -rf dist; $(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir dist .)
+	$(call step,wheel smoke,$(BIN)/python tests/wheel_smoke.py dist/*.whl)
+	@printf '\nmake test: all passed\n'
+
+format:  ## rewrite the sources as `make test` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the environment, build output and tool caches; runs/ and the data cache stay
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

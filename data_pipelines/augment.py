@@ -1,0 +1,127 @@
+"""Picture augmentation of a whole batch at once, from random numbers drawn for the global batch.
+
+Every sample's parameters come from its row of one table of uniform numbers, so ranks and threads cannot change them.
+All strengths default to 0: such an operation is skipped and draws nothing that another one sees.
+Suffixes: B samples of this rank, C channels, H height, W width.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_pipelines.config import StrictModel
+
+COLUMNS = 16
+"""Uniform numbers per sample."""
+
+
+class AugmentConfig(StrictModel):
+    """Strength of each operation; 0 = off."""
+
+    flip: float = 0.0
+    """Probability of a horizontal mirror image."""
+    rotate: float = 0.0
+    """Largest rotation, degrees."""
+    scale: float = 0.0
+    """Scale factor is drawn log-uniformly from exp(-scale) to exp(scale)."""
+    shift: float = 0.0
+    """Largest shift, as a share of the side."""
+    shear: float = 0.0
+    """Largest shear, degrees."""
+    brightness: float = 0.0
+    """Factor 1 +- this."""
+    contrast: float = 0.0
+    """Factor 1 +- this, around the picture's mean."""
+    saturation: float = 0.0
+    """Factor 1 +- this, around the grey picture."""
+    hue: float = 0.0
+    """Largest rotation of the colours around the grey axis, as a share of a full turn."""
+    grey: float = 0.0
+    """Probability of a grey picture."""
+    erase: float = 0.0
+    """Probability of a rectangle of 10 to 33 % of each side painted with the ground colour."""
+    ground: int = 255
+    """Grey level that fills what an affine transform uncovers, and erased rectangles."""
+
+    @property
+    def geometric(self) -> bool:
+        """Whether pixels move."""
+        return any((self.flip, self.rotate, self.scale, self.shift, self.shear))
+
+    @property
+    def colour(self) -> bool:
+        """Whether colours change."""
+        return any((self.brightness, self.contrast, self.saturation, self.hue, self.grey))
+
+
+def augment(
+    pixels_BCHW: Tensor, config: AugmentConfig, generator: np.random.Generator, total: int, rows: Sequence[int]
+) -> Tensor:
+    """uint8 BCHW in, uint8 BCHW out. `rows` are the samples' positions among the `total` of the global batch."""
+    if not (config.geometric or config.colour or config.erase):
+        return pixels_BCHW
+    draws = torch.from_numpy(generator.random((total, COLUMNS), dtype=np.float32)[list(rows)])
+    # distance from the ground colour: whatever lies outside the picture is then zero
+    picture = config.ground - pixels_BCHW.float()
+    if config.geometric:
+        picture = _affine(picture, config, draws[:, :7])
+    if config.colour:
+        picture = config.ground - _colour(config.ground - picture, config, draws[:, 7:12])
+    if config.erase:
+        picture = picture * _kept(draws[:, 12:16], config.erase, picture.shape[-2:])
+    return (config.ground - picture).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _affine(picture_BCHW: Tensor, config: AugmentConfig, draws: Tensor) -> Tensor:
+    signed = draws * 2 - 1
+    angle = signed[:, 1] * math.radians(config.rotate)
+    zoom = torch.exp(-signed[:, 2] * config.scale)
+    shear = torch.tan(signed[:, 3] * math.radians(config.shear))
+    mirror = torch.where(draws[:, 0] < config.flip, -1.0, 1.0)
+    cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
+    rows = (
+        torch.stack([mirror * cos, mirror * (shear * cos - sin), 2 * config.shift * signed[:, 4]], dim=1),
+        torch.stack([sin, shear * sin + cos, 2 * config.shift * signed[:, 5]], dim=1),
+    )
+    grid = F.affine_grid(torch.stack(rows, dim=1), list(picture_BCHW.shape), align_corners=False)
+    return F.grid_sample(picture_BCHW, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _colour(picture_BCHW: Tensor, config: AugmentConfig, draws: Tensor) -> Tensor:
+    def factor(column: int, strength: float) -> Tensor:
+        return (1 + strength * (draws[:, column] * 2 - 1)).view(-1, 1, 1, 1)
+
+    mean = picture_BCHW.mean(dim=(1, 2, 3), keepdim=True)
+    picture_BCHW = mean + (picture_BCHW - mean) * factor(0, config.contrast)
+    picture_BCHW = picture_BCHW * factor(1, config.brightness)
+    luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    grey = (picture_BCHW * luma).sum(dim=1, keepdim=True)
+    strength = torch.where((draws[:, 4] < config.grey).view(-1, 1, 1, 1), 0.0, factor(2, config.saturation))
+    picture_BCHW = grey + (picture_BCHW - grey) * strength
+    if config.hue:
+        turn = (draws[:, 3] * 2 - 1) * (2 * math.pi * config.hue)
+        picture_BCHW = torch.einsum("bij,bjhw->bihw", _hue_matrix(turn), picture_BCHW)
+    return picture_BCHW
+
+
+def _hue_matrix(turn_B: Tensor) -> Tensor:
+    """Rotation by `turn` around the grey axis (1, 1, 1) of RGB space (Rodrigues' formula)."""
+    cos, sin = torch.cos(turn_B).view(-1, 1, 1), torch.sin(turn_B).view(-1, 1, 1)
+    axis = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+    return cos * torch.eye(3) + sin * axis + (1 - cos) * torch.full((3, 3), 1 / 3)
+
+
+def _kept(draws: Tensor, probability: float, side: torch.Size) -> Tensor:
+    """B1HW mask, 0 inside an erased rectangle."""
+    height, width = side
+    size = 0.10 + 0.23 * draws[:, 1]
+    size = torch.where(draws[:, 0] < probability, size, 0.0)
+    top, left = draws[:, 2] * (1 - size), draws[:, 3] * (1 - size)
+    y, x = torch.arange(height) / height, torch.arange(width) / width
+    inside_y = (y[None] >= top[:, None]) & (y[None] < (top + size)[:, None])
+    inside_x = (x[None] >= left[:, None]) & (x[None] < (left + size)[:, None])
+    return (~(inside_y[:, :, None] & inside_x[:, None, :])).float()[:, None]

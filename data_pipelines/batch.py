@@ -1,0 +1,78 @@
+"""Batch: what one training step sees. Ground truth about poison never enters it.
+
+Shapes: B samples, C channels, H height, W width, L tokens, K classes, M boxes, F features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from data_pipelines.errors import MissingField
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Samples that take one step together; optional fields are None when the data does not provide them."""
+
+    keys: tuple[str, ...]
+    """B sample keys."""
+    pixels: Tensor
+    """BCHW uint8, not yet normalised."""
+    tokens: Tensor
+    """BL int64 token ids, padded."""
+    views: tuple[Tensor, ...] | None = None
+    """Further augmented views, each BCHW uint8."""
+    extra_tokens: tuple[Tensor, ...] | None = None
+    """Further captions of the same samples, each BL int64."""
+    caption_ids: Tensor | None = None
+    """B int64: equal numbers mean equal captions (or the same concept): no negatives of each other."""
+    label_ids: Tensor | None = None
+    """B int64 class index, -1 = unknown."""
+    multi_labels: Tensor | None = None
+    """BK uint8 multi-hot."""
+    boxes: Tensor | None = None
+    """BM4 float32, xyxy as fractions 0..1."""
+    box_mask: Tensor | None = None
+    """BM bool, True where a box is real."""
+    region_tokens: Tensor | None = None
+    """BML int64, one text per box."""
+    weight: Tensor | None = None
+    """B float32 sample weights."""
+    source_ids: Tensor | None = None
+    """B int64 index of the source in the data recipe."""
+    image_features: Tensor | None = None
+    """BF float32: output of a frozen image trunk, computed once, in place of `pixels`."""
+    text_features: Tensor | None = None
+    """BF float32: output of a frozen text trunk, in place of `tokens`."""
+
+    @property
+    def text_input(self) -> Tensor:
+        """What the text tower takes: tokens, or the features of a frozen trunk."""
+        return self.tokens if self.text_features is None else self.text_features
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with every tensor on `device` (asynchronously from pinned memory)."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory; needs a GPU runtime."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def require(self, field: str, by: str) -> Tensor:
+        """The named tensor, or MissingField saying who needs it."""
+        value = getattr(self, field)
+        if not isinstance(value, Tensor):
+            raise MissingField(f"{by} needs the batch field {field!r}, which this data does not provide")
+        return value
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Tensor | tuple[Tensor, ...]] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                changed[item.name] = move(value)
+            elif item.name in ("views", "extra_tokens") and value is not None:
+                changed[item.name] = tuple(move(tensor) for tensor in value)
+        return replace(self, **changed)  # type: ignore[arg-type]  # field types checked by name above

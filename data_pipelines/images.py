@@ -1,0 +1,166 @@
+"""Encoded pictures made safe: header and limits before decode, alpha composed or kept, resize and encode for shards.
+
+Torch-free. Everything that opens a picture of unknown origin, in any floor, does it through this module.
+"""
+
+import io
+import re
+import struct
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from data_pipelines.errors import BadSample
+
+MAX_PIXELS = 50_000_000
+"""Default limit of width x height: 150 MB once decoded to RGB."""
+MAX_FILE_BYTES = 256 * 2**20
+"""A longer file is refused unread; nothing within the pixel limit needs as much."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+"""Decoders that are offered the bytes. Pillow knows dozens more, each a door of its own."""
+
+ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
+EncodeFormat = Literal["jpg", "png", "webp"]
+
+WHITE = (255, 255, 255)
+ORIENTATION = 0x0112
+DAMAGE = (OSError, SyntaxError, ValueError, IndexError, TypeError, EOFError, struct.error)
+"""What Pillow's decoders raise on damaged input (UnidentifiedImageError is an OSError)."""
+
+
+def open_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Picture whose header was read and found acceptable; its pixels are not decoded yet.
+
+    Raises BadSample: `not_an_image` (or a format that is not allowed), `too_many_pixels`. Pillow's own guard stays as
+    it is, so no `max_pixels` admits more than twice PIL.Image.MAX_IMAGE_PIXELS (179 million).
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        found = re.search(r"\d+", str(error))
+        raise BadSample(
+            "too_many_pixels", f"{int(found.group()) if found else '?':,} pixels, limit {max_pixels:,}"
+        ) from error
+    except DAMAGE as error:
+        raise BadSample("not_an_image", f"{len(data)} bytes are no {', '.join(FORMATS)} picture") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadSample("too_many_pixels", f"{width:,} x {height:,} = {width * height:,} pixels, limit {max_pixels:,}")
+    if width * height == 0:
+        raise BadSample("empty_image", f"{width} x {height} pixels")
+    return image
+
+
+def open_checked(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decoded picture (first frame), its `format` kept. Raises BadSample as `open_header`, and `truncated_image`."""
+    image = open_header(data, max_pixels)
+    size = image.size
+    try:
+        image.load()
+    except Image.DecompressionBombError as error:
+        raise BadSample("too_many_pixels", f"{error}, limit {max_pixels}") from error
+    except DAMAGE as error:
+        detail = f"{size[0]} x {size[1]} {image.format}, {len(data)} bytes: {error}"
+        raise BadSample("truncated_image" if "truncated" in str(error) else "corrupt_image", detail) from error
+    return image
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether any pixel may be transparent: an alpha channel, or a transparent palette entry or colour."""
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def flatten(image: Image.Image, ground: tuple[int, int, int] = WHITE) -> Image.Image:
+    """8-bit RGB of any mode, composed on a plain ground where it is transparent, so that no hidden colour shows."""
+    plain = _eight_bit(image)
+    if plain.mode != "RGBA":
+        return plain if plain.mode == "RGB" else plain.convert("RGB")
+    below = Image.new("RGBA", plain.size, (*ground, 255))
+    return Image.alpha_composite(below, plain).convert("RGB")
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """The picture as L, RGB or RGBA of 8 bits per channel."""
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips instead of scaling
+        levels = np.asarray(image).astype(np.int64)
+        grey = Image.fromarray((np.clip(levels, 0, 65535) >> 8).astype(np.uint8))
+        clear = image.info.get("transparency")
+        if isinstance(clear, int):
+            alpha = Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8))
+            return Image.merge("RGBA", (grey, grey, grey, alpha))
+        return grey
+    if has_alpha(image):
+        return image.convert("RGBA")
+    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
+
+
+def is_rotated(image: Image.Image) -> bool:
+    """Whether EXIF asks for the picture to be turned or mirrored before it is shown."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1)) not in (0, 1)
+    except DAMAGE:
+        return False  # damaged EXIF does no harm to the pixels
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF asks."""
+    return ImageOps.exif_transpose(image) if is_rotated(image) else image
+
+
+def needs_resize(width: int, height: int, size: int, mode: ResizeMode, only_if_bigger: bool = True) -> bool:
+    """Whether `resize_to` changes a picture of this size.
+
+    With `only_if_bigger`, a picture stays as it is unless its short side (keep_ratio, center_crop) or its long side
+    (keep_ratio_largest, border) exceeds `size`, as in img2dataset.
+    """
+    if mode == "no":
+        return False
+    side = min(width, height) if mode in ("keep_ratio", "center_crop") else max(width, height)
+    if only_if_bigger:
+        return side > size
+    return side != size if mode.startswith("keep") else (width, height) != (size, size)
+
+
+def resize_to(image: Image.Image, size: int, mode: ResizeMode, only_if_bigger: bool = True) -> Image.Image:
+    """Resized picture (L, RGB or RGBA), or the picture itself when nothing has to change.
+
+    keep_ratio: short side becomes `size`. keep_ratio_largest: long side. center_crop: short side, then the middle
+    square. border: long side, then a `size` x `size` square, transparent around a picture with alpha, else white.
+    """
+    if not needs_resize(*image.size, size, mode, only_if_bigger):
+        return image
+    plain = _eight_bit(image)
+    side = min(plain.size) if mode in ("keep_ratio", "center_crop") else max(plain.size)
+    width, height = (max(1, round(length * size / side)) for length in plain.size)
+    # Premultiplied (RGBa), so that colours hidden below alpha 0 do not bleed into the edges. The reducing gap averages
+    # whole blocks first: two to four times faster on large pictures, invisible in the result.
+    work = plain.convert("RGBa") if plain.mode == "RGBA" else plain
+    small = work.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0).convert(plain.mode)
+    if mode == "center_crop":
+        left, top = (width - size) // 2, (height - size) // 2
+        return small.crop((left, top, left + size, top + size))
+    if mode == "border":
+        grounds: dict[str, int | tuple[int, ...]] = {"RGBA": (0, 0, 0, 0), "RGB": WHITE, "L": 255}
+        square = Image.new(small.mode, (size, size), grounds[small.mode])
+        square.paste(small, ((size - width) // 2, (size - height) // 2))
+        return square
+    return small
+
+
+def encode(image: Image.Image, format: EncodeFormat, quality: int | None = None) -> bytes:  # noqa: A002 - as in PIL
+    """Encoded picture, free of metadata; equal pixels give equal bytes. JPEG is composed on white, others keep alpha.
+
+    `quality` is 1..100 for jpg and webp (default 95) and the compression level 0..9 for png (default 6).
+    """
+    plain = flatten(image) if format == "jpg" else _eight_bit(image)
+    plain = plain.copy()
+    plain.info = {}  # ICC profiles, EXIF, text and gamma would travel into the shard
+    buffer = io.BytesIO()
+    if format == "png":
+        plain.save(buffer, "PNG", compress_level=6 if quality is None else quality)
+    elif format == "jpg":
+        plain.save(buffer, "JPEG", quality=95 if quality is None else quality)
+    else:
+        plain.save(buffer, "WEBP", quality=95 if quality is None else quality)
+    return buffer.getvalue()

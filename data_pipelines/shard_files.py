@@ -1,0 +1,134 @@
+"""The files of one shard in img2dataset's layout: tar, offset index, parquet of every row, statistics.
+
+Equal rows give equal bytes: mtime, owner, mode and member order are fixed. Only the statistics file holds times.
+"""
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipelines.files import write_atomic
+
+INDEX_SUFFIX = ".index.npy"
+INDEX_COLUMNS = ("image_offset", "image_size", "json_offset", "json_size", "txt_offset", "txt_size")
+"""Columns of the (samples, 6) int64 index; offsets are of the content in the tar, size 0 = no such member."""
+
+BLOCK = tarfile.BLOCKSIZE
+BOX = pa.struct([(side, pa.float64()) for side in ("x0", "y0", "x1", "y1")] + [("label", pa.string())])
+COLUMNS: Mapping[str, pa.DataType] = {
+    "url": pa.string(),
+    "caption": pa.string(),
+    "captions": pa.list_(pa.string()),
+    "labels": pa.list_(pa.string()),
+    "source": pa.string(),
+    "boxes": pa.list_(BOX),
+    "key": pa.string(),
+    "status": pa.string(),
+    "error_message": pa.string(),
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "original_width": pa.int32(),
+    "original_height": pa.int32(),
+    "sha256": pa.string(),
+}
+"""Fixed columns of the parquet; passthrough columns follow."""
+
+
+def index_path(tar: Path) -> Path:
+    """Sidecar offset index of a shard: 00000.tar -> 00000.index.npy."""
+    return tar.with_name(tar.stem + INDEX_SUFFIX)
+
+
+def key_digits(samples_per_shard: int) -> int:
+    """ceil(log10(n)) without the floating point: digits a key needs for the index inside its shard."""
+    return 0 if samples_per_shard == 1 else len(str(samples_per_shard - 1))
+
+
+class TarWriter:
+    """Samples into one tar stream; collects the offset index and the digest on the way."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+        self.bytes = 0
+        self.index: list[tuple[int, ...]] = []
+        self._digest = hashlib.sha256()
+
+    def add(self, key: str, extension: str, image: bytes, text: bytes, caption: bytes | None) -> None:
+        """One sample: image, json and, where there is a caption, txt; member extensions are in sorted order."""
+        members = {extension: image, "json": text} | ({} if caption is None else {"txt": caption})
+        place = {"json": (0, 0), "txt": (0, 0)}
+        for suffix in sorted(members):
+            content = members[suffix]
+            self._write(_header(f"{key}.{suffix}", len(content)))
+            place[suffix] = (self.bytes, len(content))
+            self._write(content + bytes(-len(content) % BLOCK))
+        self.index.append((*place[extension], *place["json"], *place["txt"]))
+
+    def close(self) -> str:
+        """End the archive as tarfile does (two zero blocks, padded to a record); returns the hex sha256 of it all."""
+        self._write(bytes(2 * BLOCK))
+        self._write(bytes(-self.bytes % tarfile.RECORDSIZE))
+        return self._digest.hexdigest()
+
+    def _write(self, content: bytes) -> None:
+        self.stream.write(content)
+        self._digest.update(content)
+        self.bytes += len(content)
+
+
+def _header(name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime = size, 0o444, 0
+    info.uname = info.gname = "bigdata"  # as webdataset's own writer
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def write_index(tar: Path, index: Sequence[tuple[int, ...]]) -> None:
+    """The offset index beside a shard."""
+    table = np.array(index, dtype=np.int64).reshape(len(index), len(INDEX_COLUMNS))
+    write_atomic(index_path(tar), lambda stream: np.save(stream, table))
+
+
+class Extras:
+    """Types of the passthrough columns, which only become known row by row; kept from shard to shard of a folder."""
+
+    ORDER = (pa.int64(), pa.float64(), pa.string())
+
+    def __init__(self) -> None:
+        self._rank: dict[str, int] = {}
+
+    def see(self, extra: Mapping[str, Any]) -> None:
+        """Widen the columns' types so that they hold these values: integer, float, string."""
+        for name, value in extra.items():
+            rank = 0 if value is None or isinstance(value, int) else 1 if isinstance(value, float) else 2
+            if value is not None or name not in self._rank:
+                self._rank[name] = max(rank, self._rank.get(name, 0))
+
+    def columns(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
+        """Passthrough columns by name; a row without one gets null."""
+        return {name: self._column([row.get(name) for row in rows], self._rank[name]) for name in sorted(self._rank)}
+
+    def _column(self, values: list[Any], rank: int) -> pa.Array:
+        if rank == 2:
+            values = [value if value is None else str(value) for value in values]
+        return pa.array(values, self.ORDER[rank])
+
+
+def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]], extras: Extras) -> None:
+    """Every row of a shard, failures included."""
+    columns = {name: pa.array([row.get(name) for row in rows], kind) for name, kind in COLUMNS.items()}
+    table = pa.table(columns | extras.columns(rows))
+    write_atomic(path, lambda stream: pq.write_table(table, stream))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A small JSON file, whole or not at all."""
+    text = json.dumps(content, indent=4, ensure_ascii=False) + "\n"
+    write_atomic(path, lambda stream: stream.write(text.encode()))

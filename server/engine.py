@@ -1,0 +1,100 @@
+"""What the server asks of a model, and the engine that answers with a bundle through `vlp.infer`.
+
+Preparing (decode, tokenize) and running are separate, so that one overlaps the other.
+Suffixes: N items, D embedding width, L labels (in tokens_NL: text length), P prompts, C channels, H height, W width.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_pipelines.errors import BadSample
+from data_pipelines.images import open_header
+from data_pipelines.preprocess import load_image
+from server.settings import Limits
+from vlp import infer
+from vlp.bundle import Bundle
+
+Vectors = NDArray[np.float32]
+"""ND, L2-normalised."""
+
+
+class Engine(Protocol):
+    """A loaded model. `prepare_*` may run in several threads at once, the other methods in one thread at a time."""
+
+    @property
+    def name(self) -> str:
+        """What clients call the model."""
+
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings."""
+
+    @property
+    def created(self) -> int:
+        """Seconds since the epoch."""
+
+    def prepare_texts(self, texts: Sequence[str]) -> Tensor:
+        """tokens_NL, cut to the model's context."""
+
+    def prepare_image(self, data: bytes) -> Tensor:
+        """pixels_CHW of the model's size. Raises BadSample."""
+
+    def encode_texts(self, tokens_NL: Tensor) -> Vectors:
+        """Embeddings of texts."""
+
+    def encode_images(self, pixels_NCHW: Tensor) -> Vectors:
+        """Embeddings of pictures."""
+
+    def count_tokens(self, tokens_NL: Tensor) -> int:
+        """Tokens without padding."""
+
+    def classify(self, images_ND: Vectors, prompts_PD: Vectors, labels: int) -> tuple[Vectors, Vectors]:
+        """(probabilities_NL, cosines_NL) over labels whose prompts are averaged."""
+
+
+class BundleEngine:
+    """A bundle run by torch. Stateless between calls."""
+
+    def __init__(self, bundle: Bundle, limits: Limits) -> None:
+        """`limits`: largest picture that is decoded."""
+        self._bundle = bundle
+        self._limits = limits
+        self.name = bundle.name
+        self.dim = bundle.dim
+        self.created = int(time.time())
+
+    def prepare_texts(self, texts: Sequence[str]) -> Tensor:
+        """tokens_NL."""
+        return self._bundle.tokenizer(texts)
+
+    def prepare_image(self, data: bytes) -> Tensor:
+        """pixels_CHW uint8."""
+        width, height = open_header(data, self._limits.pixels).size
+        if max(width, height) > self._limits.side:
+            raise BadSample("too_many_pixels", f"{width} x {height}, longest side allowed {self._limits.side}")
+        return load_image(data, self._bundle.image, self._limits.pixels)
+
+    def encode_texts(self, tokens_NL: Tensor) -> Vectors:
+        """ND."""
+        return infer.encode_tokens(self._bundle, tokens_NL).numpy()
+
+    def encode_images(self, pixels_NCHW: Tensor) -> Vectors:
+        """ND."""
+        return infer.encode_pixels(self._bundle, pixels_NCHW).numpy()
+
+    def count_tokens(self, tokens_NL: Tensor) -> int:
+        """Everything up to the last token that is not padding; the padding id may also occur as a word."""
+        real_NL = tokens_NL != self._bundle.tokenizer.config.pad_id
+        return int((real_NL.flip(-1).cumsum(-1) > 0).sum())
+
+    def classify(self, images_ND: Vectors, prompts_PD: Vectors, labels: int) -> tuple[Vectors, Vectors]:
+        """Softmax with the model's own logit scale."""
+        head_LD = infer.pool_prompts(torch.from_numpy(prompts_PD), labels)
+        probabilities_NL, cosines_NL = infer.classify(self._bundle, torch.from_numpy(images_ND), head_LD)
+        return probabilities_NL.numpy(), cosines_NL.numpy()

@@ -1,0 +1,5 @@
+"""`python -m vlp`, which torchrun needs."""
+
+from vlp.cli import main
+
+main()

@@ -1,0 +1,240 @@
+"""Bundle: the one form in which a model is saved, loaded, evaluated, served and handed over.
+
+A bundle is a folder that open_clip can load as `local-dir:` (open_clip_config.json, open_clip_model.safetensors,
+tokenizer files), plus bundle.json: format number, exact preprocessing, tokenizer numbers and provenance. A folder
+without bundle.json, exported by open_clip, is accepted as well. Nothing in it is ever unpickled.
+"""
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from data_pipelines.config import StrictModel, explain
+from data_pipelines.errors import BundleError
+from data_pipelines.files import fsync_dir, sha256_file
+from data_pipelines.preprocess import ImageConfig
+from data_pipelines.tokens import Tokenizer, TokenizerConfig, clip_tokenizer
+from vlp.models import ModelDict, hf_folder, instantiate
+
+FORMAT = 1
+INFO, CONFIG, WEIGHTS, VOCABULARY = "bundle.json", "open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"
+
+
+class Provenance(StrictModel):
+    """Where a model comes from; empty where it is not known."""
+
+    created: str = ""
+    """UTC, ISO 8601."""
+    vlp_version: str = ""
+    revision: str = ""
+    """Source revision of the training code."""
+    recipe: dict[str, Any] = {}
+    """The resolved recipe."""
+    data: dict[str, str] = {}
+    """Shard folder -> sha256 of its manifest."""
+    steps: int = 0
+    samples: int = 0
+
+
+class BundleInfo(StrictModel):
+    """Content of bundle.json."""
+
+    format: int = FORMAT
+    name: str
+    image: ImageConfig
+    tokenizer: TokenizerConfig
+    weights_sha256: str
+    provenance: Provenance = Provenance()
+
+
+@dataclass(slots=True)
+class Bundle:
+    """A model ready for use: `model` is open_clip's, in eval mode, on one device."""
+
+    name: str
+    model: nn.Module
+    model_cfg: ModelDict
+    image: ImageConfig
+    tokenizer: Tokenizer
+    provenance: Provenance = field(default_factory=Provenance)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dim(self) -> int:
+        """Width of the shared embedding."""
+        return int(self.model_cfg["embed_dim"])
+
+
+def save_bundle(bundle: Bundle, folder: Path) -> Path:
+    """Write a bundle whole or not at all; an existing bundle at `folder` is replaced."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        temp = Path(scratch) / "bundle"
+        temp.mkdir()
+        write_open_clip(bundle, temp, folder)
+        info = BundleInfo(
+            name=bundle.name,
+            image=bundle.image,
+            tokenizer=bundle.tokenizer.config,
+            weights_sha256=sha256_file(temp / WEIGHTS),
+            provenance=bundle.provenance,
+        )
+        (temp / INFO).write_text(info.model_dump_json(indent=2), encoding="utf-8")
+        if folder.exists():
+            if not (folder / INFO).exists() and any(folder.iterdir()):
+                raise BundleError(f"{folder} exists and is not a bundle: choose another folder")
+            folder.rename(Path(scratch) / "old")
+        temp.rename(folder)
+    fsync_dir(folder.parent)
+    return folder
+
+
+def write_open_clip(bundle: Bundle, folder: Path, final: Path) -> None:
+    """Config, weights and tokenizer files as open_clip reads them; `final` is where the folder will live."""
+    model_cfg = json.loads(json.dumps(bundle.model_cfg))
+    text_cfg = model_cfg["text_cfg"]
+    text_cfg["context_length"] = bundle.tokenizer.config.context_length
+    if "hf_model_name" in text_cfg:
+        config_source = hf_config_folder(text_cfg["hf_model_name"])
+        shutil.copyfile(config_source / "config.json", folder / "config.json")
+        text_cfg["hf_model_name"] = str(final)  # open_clip resolves it from anywhere, so it has to be absolute
+    text_cfg["hf_tokenizer_name"] = "."  # any name: with local-dir: open_clip reads the tokenizer from the folder itself
+    config = {"model_cfg": model_cfg, "preprocess_cfg": open_clip_preprocess(bundle.image)}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (folder / VOCABULARY).write_text(bundle.tokenizer.vocabulary, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(_hf_tokenizer_config(bundle.tokenizer)), encoding="utf-8")
+    weights = {key: value.detach().cpu().contiguous() for key, value in bundle.model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)  # safetensors makes it 0600, and another user may be the one who serves it
+
+
+def hf_config_folder(name: str) -> Path:
+    """Folder whose config.json describes the Hugging Face text tower `name`."""
+    return hf_folder(name)
+
+
+def open_clip_preprocess(image: ImageConfig) -> dict[str, Any]:
+    """ImageConfig in open_clip's words."""
+    return {
+        "size": image.size,
+        "mean": list(image.mean),
+        "std": list(image.std),
+        "interpolation": image.interpolation,
+        "resize_mode": image.resize,
+        "fill_color": image.ground,
+    }
+
+
+def _hf_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    vocabulary = json.loads(tokenizer.vocabulary)
+    ids = {**vocabulary["model"]["vocab"], **{item["content"]: item["id"] for item in vocabulary["added_tokens"]}}
+    pad = next(entry for entry, number in ids.items() if number == tokenizer.config.pad_id)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": pad,
+        "model_max_length": tokenizer.config.context_length,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def find_bundle(path: Path) -> Path:
+    """The bundle folder meant by `path`: the folder itself, or `bundle/` below a run."""
+    for folder in (path, path / "bundle"):
+        if (folder / INFO).is_file() or (folder / CONFIG).is_file():
+            return folder
+    if not path.is_dir():
+        raise BundleError(f"{path}: no such folder; a bundle is a folder, for example runs/demo/bundle")
+    raise BundleError(f"{path}: neither a bundle ({INFO}) nor an open_clip folder ({CONFIG}); did training finish?")
+
+
+def load_bundle(path: Path | str, device: torch.device | str = "cpu") -> Bundle:
+    """Load a bundle, a run folder or an exported open_clip folder. Raises BundleError naming file and reason."""
+    folder = find_bundle(Path(path)).absolute()
+    config = _read_json(folder / CONFIG)
+    if "model_cfg" not in config:
+        raise BundleError(f"{folder / CONFIG}: key 'model_cfg' is missing")
+    info = _read_info(folder)
+    tokenizer = _load_tokenizer(folder, config, info)
+    has_hf_text = "hf_model_name" in config["model_cfg"].get("text_cfg", {})
+    model = instantiate(config["model_cfg"], folder if has_hf_text else None)
+    _load_weights(model, folder, info)
+    model.to(device).eval()
+    return Bundle(
+        name=info.name if info else folder.name,
+        model=model,
+        model_cfg=config["model_cfg"],
+        image=info.image if info else _image_from_open_clip(config),
+        tokenizer=tokenizer,
+        provenance=info.provenance if info else Provenance(),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise BundleError(f"{path}: expected a JSON object")
+    return content
+
+
+def _read_info(folder: Path) -> BundleInfo | None:
+    if not (folder / INFO).is_file():
+        return None
+    content = _read_json(folder / INFO)
+    if int(content.get("format", 0)) > FORMAT:
+        raise BundleError(
+            f"{folder / INFO}: format {content['format']} was written by a newer vlp; this one reads up to {FORMAT}: upgrade vlp"
+        )
+    try:
+        return BundleInfo.model_validate(content)
+    except ValidationError as error:
+        raise BundleError(f"{folder / INFO}: {explain(error)}") from error
+
+
+def _load_weights(model: nn.Module, folder: Path, info: BundleInfo | None) -> None:
+    path = folder / WEIGHTS
+    if info is not None and path.is_file() and sha256_file(path) != info.weights_sha256:
+        raise BundleError(f"{path}: sha256 differs from the one in {INFO}; the weights are damaged or were exchanged")
+    try:
+        model.load_state_dict(load_file(path), strict=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise BundleError(f"{path}: weights cannot be loaded ({str(error).splitlines()[0]})") from error
+
+
+def _load_tokenizer(folder: Path, config: dict[str, Any], info: BundleInfo | None) -> Tokenizer:
+    text_cfg = config["model_cfg"].get("text_cfg", {})
+    length = int(text_cfg.get("context_length", 77))
+    if (folder / VOCABULARY).is_file():
+        numbers = info.tokenizer if info else TokenizerConfig(context_length=length, lower=False)
+        return Tokenizer((folder / VOCABULARY).read_text(encoding="utf-8"), numbers)
+    if text_cfg.get("hf_tokenizer_name"):
+        raise BundleError(f"{folder}: {VOCABULARY} is missing, and the model does not use CLIP's own vocabulary")
+    return clip_tokenizer(length)
+
+
+def _image_from_open_clip(config: dict[str, Any]) -> ImageConfig:
+    known = config.get("preprocess_cfg", {})
+    size = known.get("size", config["model_cfg"]["vision_cfg"].get("image_size", 224))
+    return ImageConfig(
+        size=size if isinstance(size, int) else size[0],
+        resize=known.get("resize_mode", "shortest"),
+        interpolation=known.get("interpolation", "bicubic"),
+        ground=known.get("fill_color", 0),
+        **{key: known[key] for key in ("mean", "std") if key in known},
+    )

@@ -1,0 +1,49 @@
+"""The `vlp` command: one table of sub-commands, each imported only when it is called."""
+
+import logging
+import sys
+
+import click
+
+from data_pipelines.console import CONTEXT, LazyGroup
+
+COMMANDS = {
+    "data": ("data_pipelines.cli:data", "Fetch the data packages that demo and tests use."),
+    "shard": ("data_pipelines.cli:shard", "Write images and texts as WebDataset shards."),
+    "train": ("vlp.commands.train:train", "Train a recipe."),
+    "recipes": ("vlp.commands.train:recipes", "List, show or copy the recipes that come with vlp."),
+    "objectives": ("vlp.commands.train:objectives", "List the training objectives."),
+    "eval": ("vlp.commands.model:evaluate", "Evaluate a bundle on shards."),
+    "export": ("vlp.commands.model:export", "Write a bundle in another project's format."),
+    "embed": ("vlp.commands.embed:embed", "Embed the pictures and captions of shards into a folder of arrays."),
+    "index": ("server.cli:index", "Build a search index from an embed folder."),
+    "serve": ("server.cli:serve", "Serve a bundle over HTTP."),
+    "demo": ("vlp.commands.demo:demo", "The whole way on real data: shards, training, report, server."),
+    "doctor": ("vlp.doctor:doctor", "Check versions, device and what is missing."),
+}
+
+
+@click.command(
+    cls=LazyGroup,
+    lazy=COMMANDS,
+    context_settings=dict(CONTEXT),
+    epilog="Start with `vlp demo`, or `vlp recipes` and `vlp train starter/clip`. VLP_DEBUG=1 shows tracebacks.",
+)
+@click.version_option(package_name="vlp")
+@click.option("-v", "--verbose", is_flag=True, help="Log what happens in detail.")
+def cli(verbose: bool) -> None:
+    """Vision-language pretraining: shards, training, evaluation, serving."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+    if not verbose:
+        for name in ("httpx", "timm", "open_clip"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """Entry point of the `vlp` script."""
+    cli(prog_name="vlp")

@@ -1,0 +1,1 @@
+"""The commands of this floor, one module per family; `vlp/cli.py` mounts them on use."""

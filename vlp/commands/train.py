@@ -1,0 +1,138 @@
+"""`vlp train`, `vlp recipes`, `vlp objectives`."""
+
+import importlib
+import re
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import click
+
+from data_pipelines.console import Group, command, emit, json_option
+from data_pipelines.errors import ConfigError
+
+EXIT_INTERRUPTED = {2: 130, 15: 143}
+"""Signal -> exit code; a scheduler tells a preempted run from a failed one by it."""
+
+
+@command(
+    epilog="""Examples:
+
+\b
+  vlp train starter/clip
+  vlp train starter/clip optim.lr=1e-3 run.steps=100 --run-dir runs/short
+  vlp train starter/clip --run-dir runs/short --resume"""
+)
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Folder of the run; default runs/<utc>-<recipe>.")
+@click.option("--resume", is_flag=True, help="Continue the run in --run-dir from its newest checkpoint.")
+@click.option("--dry-run", is_flag=True, help="Build everything, take no step, say what would happen.")
+@json_option
+def train(
+    recipe: str, overrides: tuple[str, ...], run_dir: Path | None, resume: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Train RECIPE (a name from `vlp recipes` or a YAML file), with dotted KEY=VALUE changes."""
+    from vlp.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides)
+    if resume and run_dir is None:
+        raise ConfigError("--resume needs --run-dir, the folder of the run to continue")
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+    folder = run_dir or Path("runs") / f"{stamp}-{Path(recipe).stem if recipe.endswith('.yaml') else recipe.replace('/', '-')}"
+    if dry_run:
+        result = _describe(resolved, folder)
+        emit(result, as_json, [f"{key}: {value}" for key, value in result.items()])
+        return
+    from vlp.report import write_report
+    from vlp.train import Interrupted
+    from vlp.train import train as run_training
+
+    try:
+        summary = run_training(resolved, folder, resume)
+    except Interrupted as stop:
+        click.echo(str(stop), err=True)
+        raise SystemExit(EXIT_INTERRUPTED.get(stop.signal_number, 1)) from stop
+    report = write_report(folder)
+    emit(
+        {**summary, "report": str(report)},
+        as_json,
+        [
+            *(f"{name:40} {value:.4g}" for name, value in summary["metrics"].items()),
+            f"trained {summary['steps']} steps in {summary['train_seconds']} s",
+            f"bundle  {summary['bundle']}",
+            f"report  {report}",
+        ],
+    )
+
+
+def _describe(recipe: Any, folder: Path) -> dict[str, Any]:
+    from vlp.train import prepare
+
+    run = prepare(recipe, folder)
+    return {
+        "run_dir": str(folder),
+        "device": str(run.device),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "trainable": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+        "vocabulary": run.tokenizer.vocab_size,
+        "samples": run.loader.plan.samples,
+        "steps_per_epoch": run.loader.plan.steps,
+        "steps": run.total,
+    }
+
+
+@click.group(cls=Group, invoke_without_command=True, epilog="Example: vlp recipes cp starter/clip my.yaml")
+@json_option
+@click.pass_context
+def recipes(ctx: click.Context, as_json: bool) -> None:
+    """List the recipes that come with vlp; `show` prints one, `cp` copies it to a file to change."""
+    from vlp.recipe import load_recipe, recipe_names
+
+    if ctx.invoked_subcommand is None:
+        found = {name: load_recipe(name).description for name in recipe_names()}
+        emit({"recipes": found}, as_json, [f"{name:28} {text}" for name, text in found.items()])
+
+
+@recipes.command(epilog="Example: vlp recipes show starter/clip")
+@click.argument("name")
+@click.option("--resolved", is_flag=True, help="With every default filled in.")
+@json_option
+def show(name: str, resolved: bool, as_json: bool) -> None:
+    """Print recipe NAME."""
+    from vlp.recipe import dump, load_recipe, recipe_text
+
+    text = dump(load_recipe(name)) if resolved else recipe_text(name)
+    emit({"name": name, "text": text}, as_json, [text.rstrip()])
+
+
+@recipes.command(epilog="Example: vlp recipes cp starter/clip my.yaml")
+@click.argument("name")
+@click.argument("target", type=click.Path(path_type=Path))
+@json_option
+def cp(name: str, target: Path, as_json: bool) -> None:
+    """Copy recipe NAME to the file TARGET, which `vlp train` then accepts."""
+    from vlp.recipe import recipe_text
+
+    if target.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"target {str(target)!r}: the file name must end in .yaml")
+    if target.exists():
+        raise ConfigError(f"target {str(target)!r} exists; choose another name")
+    target.write_text(recipe_text(name), encoding="utf-8")
+    emit({"name": name, "file": str(target)}, as_json, [f"{target}: change it, then vlp train {target}"])
+
+
+@command(epilog="Example: vlp objectives --json")
+@json_option
+def objectives(as_json: bool) -> None:
+    """List the training objectives: what they are, the batch fields they need, how ranks share them."""
+    from vlp.objectives.base import names
+
+    rows = {}
+    for name in names():
+        module = importlib.import_module(f"vlp.objectives.{name}")
+        title = re.split(r"\.\s", str(module.__doc__).strip().replace("\n", " "))[0]
+        options = {key: item.default for key, item in module.Config.model_fields.items()}
+        rows[name] = {"title": title, "needs": module.NEEDS, "coupling": module.COUPLING, "options": options}
+    lines = [f"{name:16} {row['coupling']:8} {', '.join(row['needs']):20} {row['title']}" for name, row in rows.items()]
+    emit({"objectives": rows}, as_json, lines)

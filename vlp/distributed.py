@@ -1,0 +1,64 @@
+"""The only importer of torch.distributed. Everything here is a no-op in a single process."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather
+
+from vlp.objectives.base import Features
+
+
+def set_up() -> tuple[int, int]:
+    """(rank, world size); joins the process group when torchrun's variables ask for one."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return rank(), world_size()
+
+
+def leave() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather_features(features: Features) -> Features:
+    """Features of all ranks in rank order, with gradients flowing back to their owners.
+
+    Every rank then computes the same global loss. The backward of the gather sums over the ranks, and averaging the
+    parameter gradients over ranks undoes exactly that factor, so N ranks equal one process on the whole batch.
+    Ranks must hold equally many samples.
+    """
+    if world_size() == 1:
+        return features
+    return features.map(_gather)
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point():
+        return torch.cat(all_gather(tensor.contiguous()))
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Mean of the gradients over the ranks, in place."""
+    if world_size() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world_size()

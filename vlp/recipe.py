@@ -1,0 +1,189 @@
+"""Recipe: everything a run needs, in one frozen object.
+
+YAML file -> at most one `extends` -> dotted `key=value` overrides -> Recipe. Defaults live in the models alone; a
+recipe file states differences. The resolved recipe is saved with the run.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from data_pipelines.config import StrictModel, explain
+from data_pipelines.errors import ConfigError
+from data_pipelines.loader import DataConfig
+from vlp.models import ModelConfig
+from vlp.objectives import base as objectives
+from vlp.optim import OptimConfig
+
+
+class TokenizerChoice(StrictModel):
+    """Where token ids come from."""
+
+    kind: Literal["clip", "learn", "hf"] = "clip"
+    """clip: OpenAI CLIP's vocabulary. learn: a small one from the training captions. hf: the text tower's own."""
+    vocab_size: int = 4096
+    """Size for `learn`."""
+    context_length: int = 77
+
+
+class EvalConfig(StrictModel):
+    """One evaluation during and after training."""
+
+    name: str
+    """Prefix of its metrics."""
+    task: str = "retrieval"
+    data: Path
+    every: int = 0
+    """Steps between evaluations; 0 = only at the end."""
+
+
+class RunConfig(StrictModel):
+    """Length, precision and housekeeping of a run."""
+
+    seed: int = 0
+    steps: int | None = None
+    """Length in optimiser steps; give either this or `epochs`."""
+    epochs: float | None = None
+    precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
+    """amp_bf16: matrix products in bfloat16 under autocast. fp32: with the fast float32 matmul route."""
+    channels_last: bool = True
+    """Memory layout of pictures; faster for convolutions."""
+    device: str = "auto"
+    threads: int | None = None
+    """Torch threads; default all cores. Bit-equal results need an equal number."""
+    log_every: int = 10
+    save_every: int = 200
+    """Steps between checkpoints; 0 = only at the end and when interrupted."""
+    keep: int = 2
+
+
+class Recipe(StrictModel):
+    """data + tokenizer + model + objective + optim + evals + run."""
+
+    description: str = ""
+    data: DataConfig
+    tokenizer: TokenizerChoice = TokenizerChoice()
+    model: ModelConfig = ModelConfig()
+    objective: dict[str, Any] = {"name": "clip"}
+    optim: OptimConfig = OptimConfig()
+    evals: tuple[EvalConfig, ...] = ()
+    run: RunConfig = RunConfig()
+
+    def model_post_init(self, _context: object) -> None:
+        if (self.run.steps is None) == (self.run.epochs is None):
+            raise ConfigError(f"run.steps={self.run.steps}, run.epochs={self.run.epochs}: give exactly one of them")
+        objectives.load(self.objective)
+
+
+def recipe_names() -> list[str]:
+    """All recipes that come with the package, as `folder/name`."""
+    root = resources.files("vlp").joinpath("recipes")
+    folders = [item for item in root.iterdir() if item.is_dir()]
+    return sorted(
+        f"{folder.name}/{item.name.removesuffix('.yaml')}"
+        for folder in folders
+        for item in folder.iterdir()
+        if item.name.endswith(".yaml")
+    )
+
+
+def recipe_text(name: str) -> str:
+    """The YAML of a recipe of the package, or of a file. Raises ConfigError listing what exists."""
+    if name in recipe_names():
+        return resources.files("vlp").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        raise ConfigError(f"recipe {name!r}: no such file")
+    raise ConfigError(f"recipe {name!r} is unknown; known: {', '.join(recipe_names())}; or give the path of a .yaml file")
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The resolved recipe. Raises ConfigError with one line per problem."""
+    settings = _read(name)
+    parent = settings.pop("extends", None)
+    if parent is not None:
+        base = _read(parent)
+        if "extends" in base:
+            raise ConfigError(f"recipe {name!r} extends {parent!r}, which extends another: one level is allowed")
+        settings = merge(base, settings)
+    for override in overrides:
+        apply_override(settings, override)
+    return validate(settings)
+
+
+def _read(name: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(recipe_text(name))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {name!r} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"recipe {name!r}: expected keys such as data, model, run")
+    return content
+
+
+def validate(settings: Mapping[str, Any]) -> Recipe:
+    """Recipe from plain data."""
+    try:
+        return Recipe.model_validate(dict(settings))
+    except ValidationError as error:
+        raise ConfigError(explain(error, known_keys(Recipe))) from error
+
+
+def known_keys(model: type[BaseModel], prefix: str = "") -> dict[str, list[str]]:
+    """Dotted prefix -> keys allowed there."""
+    found = {prefix: list(model.model_fields)}
+    for name, item in model.model_fields.items():
+        if isinstance(item.annotation, type) and issubclass(item.annotation, BaseModel):
+            found |= known_keys(item.annotation, f"{prefix}.{name}".lstrip("."))
+    return found
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes` over `base`, dictionaries key by key; an objective of another name replaces the old one whole."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        renamed = key == "objective" and isinstance(old, dict) and value.get("name", old.get("name")) != old.get("name")
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) and not renamed else value
+    return merged
+
+
+def apply_override(settings: dict[str, Any], override: str) -> None:
+    """Set one dotted `key=value`; the value is read as YAML. List entries are addressed by their number."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"override {override!r}: expected key=value, for example optim.lr=1e-3")
+    target: Any = settings
+    *parents, last = path.split(".")
+    for part in parents:
+        if isinstance(target, list):
+            target = _entry(target, part, override)
+        elif isinstance(target, dict):
+            target = target.setdefault(part, {})
+        else:
+            raise ConfigError(f"override {override!r}: {part!r} lies below a plain value")
+    value = yaml.safe_load(text)
+    if isinstance(target, list):
+        _entry(target, last, override)
+        target[int(last)] = value
+    elif isinstance(target, dict):
+        target[last] = value
+    else:
+        raise ConfigError(f"override {override!r}: {last!r} lies below a plain value")
+
+
+def _entry(items: list[Any], number: str, override: str) -> Any:
+    if not number.isdigit() or int(number) >= len(items):
+        raise ConfigError(f"override {override!r}: {number!r} is no entry of a list of {len(items)}")
+    return items[int(number)]
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
