@@ -28,7 +28,7 @@ setup: $(STAMP)  ## create .venv and install the project into it, with all extra
 
 # The stamp is written last, so an interrupted installation is taken up again; it is as old as the dependencies.
 $(STAMP): pyproject.toml
-	$(call step,virtual environment,$(CHECK_PYTHON); $(PYTHON) -m venv --clear $(VENV))
+	$(call step,virtual environment,$(CHECK_PYTHON); $(PYTHON) -m venv $(VENV))
 	$(call step,install,$(INSTALL))
 	@touch $@
 

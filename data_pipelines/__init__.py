@@ -1,1 +1,1 @@
-"""Raw images and text in, WebDataset shards and training batches out. The lowest floor: it imports neither `vlp` nor `server`."""
+"""Raw images and text in, WebDataset shards and training batches out. The lowest floor: it imports no other."""

@@ -7,6 +7,7 @@ import hashlib
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import model_validator
 
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import ConfigError
@@ -28,9 +29,11 @@ class CaptionConfig(StrictModel):
     prompt: str = "{}"
     """Template around the text."""
 
-    def model_post_init(self, _context: object) -> None:
+    @model_validator(mode="after")
+    def _shares(self) -> "CaptionConfig":
         if not 0 <= self.alternative + self.labels + self.with_labels <= 1:
             raise ConfigError("data.captions: alternative + labels + with_labels must lie between 0 and 1")
+        return self
 
 
 def choose_caption(

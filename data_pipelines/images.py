@@ -148,7 +148,7 @@ def resize_to(image: Image.Image, size: int, mode: ResizeMode, only_if_bigger: b
     return small
 
 
-def encode(image: Image.Image, format: EncodeFormat, quality: int | None = None) -> bytes:  # noqa: A002 - as in PIL
+def encode(image: Image.Image, format: EncodeFormat, quality: int | None = None) -> bytes:
     """Encoded picture, free of metadata; equal pixels give equal bytes. JPEG is composed on white, others keep alpha.
 
     `quality` is 1..100 for jpg and webp (default 95) and the compression level 0..9 for png (default 6).

@@ -4,10 +4,12 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
 import torch
+from torch import Tensor
 
 from data_pipelines.augment import AugmentConfig, augment
 from data_pipelines.batch import Batch
@@ -22,7 +24,7 @@ from data_pipelines.records import MANIFEST
 from data_pipelines.stream import Decoded, Ledger, ShardSet, decode
 from data_pipelines.tokens import Tokenizer
 
-CAPTIONS, PICTURES = 11, 12
+CAPTIONS, PICTURES, VIEWS = 11, 12, 13
 """Purposes of the random numbers of a step."""
 
 
@@ -46,6 +48,8 @@ class DataConfig(StrictModel):
     """Batches made ahead."""
     cache_mb: int = 1024
     """Memory for decoded pictures, per rank; a data set that fits is decoded once."""
+    cached_views: int = 4
+    """With both trunks frozen: views of every picture whose features are computed once, the plain one included."""
     max_pixels: int = MAX_PIXELS
     max_bad_share: float = 0.01
     """The run stops when a larger share of the samples cannot be used."""
@@ -58,6 +62,19 @@ class LoaderState(TypedDict):
     seed: int
     batch_size: int
     data: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The samples of one step on this rank and the text chosen for each."""
+
+    ids: Ids
+    """Sample ids of the whole global batch."""
+    rows: list[int]
+    """Positions of this rank's usable samples in `ids`; they select the samples' random numbers."""
+    samples: list[Decoded]
+    texts: list[str]
+    caption_ids: Tensor
 
 
 class Loader:
@@ -86,9 +103,9 @@ class Loader:
         """Continue where `state` was taken. Raises ConfigError, showing the difference, when the data differs."""
         mine = self.state_dict()
         different = [
-            f"{key}: checkpoint {state[key]}, now {mine[key]}"  # type: ignore[literal-required]
+            f"{key}: checkpoint {state[key]}, now {mine[key]}"
             for key in ("seed", "batch_size", "data")
-            if state[key] != mine[key]  # type: ignore[literal-required]
+            if state[key] != mine[key]
         ]
         if different:
             raise ConfigError("cannot resume, the data is not the same: " + "; ".join(different))
@@ -107,40 +124,45 @@ class Loader:
 
     def make_batch(self, step: int, pool: ThreadPoolExecutor) -> Batch:
         """This rank's part of global step `step`."""
+        drawn = self.draw(step, pool)
+        pixels = augment(
+            torch.stack([sample.pixels for sample in drawn.samples]),
+            self.config.augment,
+            self.plan.generator(step, PICTURES),
+            total=len(drawn.ids),
+            rows=drawn.rows,
+        )
+        return Batch(
+            keys=tuple(sample.key for sample in drawn.samples),
+            pixels=pixels,
+            tokens=self.tokenizer(drawn.texts),
+            caption_ids=drawn.caption_ids,
+        )
+
+    def draw(self, step: int, pool: ThreadPoolExecutor | None = None) -> Drawn:
+        """Fetch the samples of a step and choose their captions. Raises PipelineError when too many are unusable."""
         ids = self.plan.batch(step)
         part = rank_slice(ids, self.rank, self.world)
-        found = list(pool.map(self._fetch, ids[part].tolist()))
-        good = [i for i, item in enumerate(found) if isinstance(item, Decoded)]
-        for item in found:
+        wanted = ids[part].tolist()
+        found = list(pool.map(self.fetch, wanted) if pool else map(self.fetch, wanted))
+        rows, samples = [], []
+        for row, item in enumerate(found, start=part.start):
             if isinstance(item, BadSample):
                 self.ledger.bad(item)
             else:
                 self.ledger.good()
-        samples = [item for item in found if isinstance(item, Decoded)]
+                rows.append(row)
+                samples.append(item)
         if not samples:
             raise PipelineError(f"no sample of step {step} could be used: {dict(self.ledger.quarantined)}")
-        rows = [part.start + i for i in good]
-        return self._collate(samples, rows, ids, step)
-
-    def _collate(self, samples: list[Decoded], rows: list[int], ids: Ids, step: int) -> Batch:
-        """`rows`: positions of the samples in the global batch, which select their random numbers."""
         draws = self.plan.generator(step, CAPTIONS).random((len(ids), DRAWS))[rows]
-        texts = [choose_caption(s.captions, s.labels, self.config.captions, draws[i]) for i, s in enumerate(samples)]
-        pixels = augment(
-            torch.stack([sample.pixels for sample in samples]),
-            self.config.augment,
-            self.plan.generator(step, PICTURES),
-            total=len(ids),
-            rows=rows,
-        )
-        return Batch(
-            keys=tuple(sample.key for sample in samples),
-            pixels=pixels,
-            tokens=self.tokenizer(texts),
-            caption_ids=torch.tensor([caption_id(sample.captions) for sample in samples]),
-        )
+        texts = [
+            choose_caption(s.captions, s.labels, self.config.captions, d) for s, d in zip(samples, draws, strict=True)
+        ]
+        return Drawn(ids, rows, samples, texts, torch.tensor([caption_id(sample.captions) for sample in samples]))
 
-    def _fetch(self, sample_id: int) -> Decoded | BadSample:
+    def fetch(self, sample_id: int) -> Decoded | BadSample:
+        """One decoded sample, from the cache if it is there; the error instead if it cannot be used."""
         cached = self._cache.get(sample_id)
         if cached is not None:
             return cached

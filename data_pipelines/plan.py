@@ -39,7 +39,7 @@ class Plan:
             raise ConfigError("the data set holds no sample")
         if self.drop_last and self.samples < self.batch_size:
             raise ConfigError(
-                f"data.batch_size={self.batch_size} exceeds the {self.samples} samples of the data set: use a smaller batch"
+                f"data.batch_size={self.batch_size} exceeds the {self.samples} samples of the data set: use a smaller one"
             )
 
     @property
@@ -58,7 +58,7 @@ class Plan:
         start, stop = inside * self.batch_size, min((inside + 1) * self.batch_size, self.samples)
         if not self.shuffle:
             return np.arange(start, stop, dtype=np.int64)
-        groups, starts = _windows(self, epoch)
+        starts = _windows(self, epoch)[1]
         first, last = bisect_right(starts, start) - 1, bisect_right(starts, stop - 1) - 1
         parts = [
             _window_ids(self, epoch, number)[max(start - starts[number], 0) : stop - starts[number]]

@@ -86,7 +86,9 @@ def _add(samples: list[tuple[str, Members]], seen: set[str], member: str, where:
     key = f"{folder}/{stem}" if folder else stem
     if not samples or samples[-1][0] != key:
         if key in seen:
-            raise ShardError(f"{shard}: members of {key!r} are not side by side; write the shard again with `vlp shard`")
+            raise ShardError(
+                f"{shard}: members of {key!r} are not side by side; write the shard again with `vlp shard`"
+            )
         seen.add(key)
         samples.append((key, {}))
     if extension.lower() in samples[-1][1]:

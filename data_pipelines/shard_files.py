@@ -96,10 +96,12 @@ def write_index(tar: Path, index: Sequence[tuple[int, ...]]) -> None:
     write_atomic(index_path(tar), lambda stream: np.save(stream, table))
 
 
+UNKNOWN, INTEGER, FLOAT, STRING = range(4)
+"""Column types in widening order; unknown (nothing but nulls so far) is stored as string."""
+
+
 class Extras:
     """Types of the passthrough columns, which only become known row by row; kept from shard to shard of a folder."""
-
-    ORDER = (pa.int64(), pa.float64(), pa.string())
 
     def __init__(self) -> None:
         self._rank: dict[str, int] = {}
@@ -107,18 +109,24 @@ class Extras:
     def see(self, extra: Mapping[str, Any]) -> None:
         """Widen the columns' types so that they hold these values: integer, float, string."""
         for name, value in extra.items():
-            rank = 0 if value is None or isinstance(value, int) else 1 if isinstance(value, float) else 2
-            if value is not None or name not in self._rank:
-                self._rank[name] = max(rank, self._rank.get(name, 0))
+            self._rank[name] = max(_rank(value), self._rank.get(name, UNKNOWN))
 
     def columns(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
         """Passthrough columns by name; a row without one gets null."""
         return {name: self._column([row.get(name) for row in rows], self._rank[name]) for name in sorted(self._rank)}
 
     def _column(self, values: list[Any], rank: int) -> pa.Array:
-        if rank == 2:
-            values = [value if value is None else str(value) for value in values]
-        return pa.array(values, self.ORDER[rank])
+        convert = {UNKNOWN: str, INTEGER: int, FLOAT: float, STRING: str}[rank]
+        kind = {INTEGER: pa.int64(), FLOAT: pa.float64()}.get(rank, pa.string())
+        return pa.array([None if value is None else convert(value) for value in values], kind)
+
+
+def _rank(value: Any) -> int:
+    if value is None:
+        return UNKNOWN
+    if isinstance(value, int):
+        return INTEGER if -(2**63) <= value < 2**63 else STRING
+    return FLOAT if isinstance(value, float) else STRING
 
 
 def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]], extras: Extras) -> None:

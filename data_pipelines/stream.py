@@ -69,7 +69,9 @@ class ShardSet:
         wanted = frozenset(sources)
         self._rows = [_select(shard, wanted) for shard in self._shards]
         if wanted and not any(self._rows):
-            raise PipelineError(f"data.sources={sorted(wanted)}: no sample of {[str(f) for f in folders]} has such a source")
+            raise PipelineError(
+                f"data.sources={sorted(wanted)}: no sample of {[str(f) for f in folders]} has such a source"
+            )
         self.sizes = tuple(len(rows) for rows in self._rows)
         self._starts = [0, *accumulate(self.sizes)]
 

@@ -71,15 +71,22 @@ def clip_tokenizer(context_length: int = 77) -> Tokenizer:
     """CLIP's tokenizer: 49,408 entries, ids equal to open_clip's SimpleTokenizer."""
     spec = importlib.util.find_spec("open_clip")  # found, not imported: importing it costs seconds
     if spec is None or spec.origin is None:
-        raise ConfigError("tokenizer 'clip' reads the vocabulary that open_clip_torch ships: pip install open_clip_torch")
-    lines = gzip.decompress((Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode().split("\n")
-    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
+        raise ConfigError(
+            "tokenizer 'clip' reads the vocabulary that open_clip_torch ships: pip install open_clip_torch"
+        )
+    lines = (
+        gzip.decompress((Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode().split("\n")
+    )
+    pairs = (line.split() for line in lines[1 : 49152 - 256 - 2 + 1])
+    merges = [(left, right) for left, right in pairs]
     letters = _byte_letters()
     entries = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
     vocab = {entry: number for number, entry in enumerate(entries)}
     backend = Backend(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>"))
     split = pre_tokenizers.Split(Regex(CLIP_PATTERN), "removed", invert=True)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     _frame(backend, vocab[START], vocab[END])
     return Tokenizer(backend.to_str(), TokenizerConfig(context_length=context_length))
 
@@ -97,6 +104,12 @@ def _frame(backend: Backend, start: int, end: int) -> None:
     )
 
 
+def _id(backend: Backend, entry: str) -> int:
+    number = backend.token_to_id(entry)
+    assert number is not None  # it was put there
+    return number
+
+
 def learn_tokenizer(texts: Iterable[str], vocab_size: int, context_length: int) -> Tokenizer:
     """A byte-pair vocabulary of at most `vocab_size` entries learned from `texts`; the end token has the highest id."""
     backend = Backend(models.BPE(unk_token=UNKNOWN, end_of_word_suffix="</w>"))
@@ -110,5 +123,5 @@ def learn_tokenizer(texts: Iterable[str], vocab_size: int, context_length: int) 
     )
     backend.train_from_iterator((clean(text, lower=True) for text in texts), trainer)
     backend.add_special_tokens([END])  # last, so that arg-max pooling finds it as in CLIP
-    _frame(backend, backend.token_to_id(START), backend.token_to_id(END))
+    _frame(backend, _id(backend, START), _id(backend, END))
     return Tokenizer(backend.to_str(), TokenizerConfig(context_length=context_length))

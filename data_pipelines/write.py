@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 
 from data_pipelines import console
 from data_pipelines.config import StrictModel
-from data_pipelines.errors import BadSample, PipelineError
+from data_pipelines.errors import BadSample, ConfigError, PipelineError
 from data_pipelines.files import publish
 from data_pipelines.images import (
     MAX_FILE_BYTES,
@@ -68,14 +68,14 @@ class WriteOptions(StrictModel):
     @model_validator(mode="after")
     def _consistent(self) -> "WriteOptions":
         if (self.image_size is None) != (self.resize_mode == "no"):
-            raise ValueError(
+            raise ConfigError(
                 f"image_size {self.image_size} with resize_mode {self.resize_mode!r}: give both or neither; modes are "
                 "keep_ratio, keep_ratio_largest, center_crop, border"
             )
         if self.encode_quality is not None and self.encode_format is None:
-            raise ValueError("encode_quality has no effect without encode_format")
+            raise ConfigError(f"encode_quality {self.encode_quality} has no effect without encode_format")
         if self.encode_format == "png" and (self.encode_quality or 0) > 9:
-            raise ValueError(f"encode_quality {self.encode_quality}: png takes a compression level of 0 to 9")
+            raise ConfigError(f"encode_quality {self.encode_quality}: png takes a compression level of 0 to 9")
         return self
 
     def recorded(self) -> dict[str, str | int | float | bool | None]:

@@ -1,4 +1,7 @@
-"""API keys: `Authorization: Bearer <key>`, compared as hashes in constant time. A router dependency, never a path test."""
+"""API keys: `Authorization: Bearer <key>`, compared as hashes in constant time.
+
+A router dependency, never a test of the path, which proxies and clients can write in many ways.
+"""
 
 import hmac
 

@@ -5,6 +5,7 @@ BadSample; a step that fails is repeated item by item, so that only the guilty o
 """
 
 import asyncio
+import logging
 import queue
 import threading
 from collections import deque
@@ -18,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.errors import BadSample
+
+log = logging.getLogger(__name__)
 
 Raw = TypeVar("Raw")
 Ready = TypeVar("Ready")
@@ -79,9 +82,10 @@ class Worker:
                     future.set_result(function())
                 except Exception as error:  # noqa: BLE001 - handed to whoever waits for the result
                     future.set_exception(error)
-                except BaseException:
+                except BaseException as error:  # noqa: BLE001 - SystemExit and the like end the thread, and readiness
+                    log.critical("the model worker stops: %r", error)
                     future.set_exception(WorkerStopped())
-                    raise
+                    return
         finally:
             with self._lock:
                 self._open = False

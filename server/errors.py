@@ -78,7 +78,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     phrase = HTTPStatus(error.status_code).phrase
     code = phrase.lower().replace(" ", "_")
     message = {
-        404: f"no route {request.url.path!r}; see /docs or GET /v1/models",
+        404: f"no route {request.scope['path']!r}; see /docs or GET /v1/models",
         405: f"{request.method} is not possible here",
     }.get(error.status_code, phrase)
     answer = ApiError(error.status_code, message, code).response()

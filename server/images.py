@@ -25,7 +25,7 @@ def image_bytes(value: str, param: str) -> bytes:
     """Encoded picture of one input. Raises ApiError 400 naming `param`."""
     if REMOTE.match(value):
         raise bad_request(
-            f"{param}: this server fetches no URLs; send the picture itself, as base64 or as a data:image/...;base64 URI",
+            f"{param}: this server fetches no URLs; send the picture as base64 or as a data:image/...;base64 URI",
             param,
             "url_not_allowed",
         )

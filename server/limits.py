@@ -50,9 +50,11 @@ async def read_json(request: Request, model: type[M], limits: Limits) -> M:
     """The body as `model`. Raises ApiError 400 naming the field at fault."""
     body = await read_body(request, limits)
     try:
-        content: Any = json.loads(body)
+        content: Any = json.loads(body.decode("utf-8-sig"))
+        if b"\\ud" in body.lower():  # an escape that may leave half a character, which nothing behind this could write
+            json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise bad_request("the body is not valid JSON", code="invalid_json") from error
+        raise bad_request("the body is not valid JSON in UTF-8", code="invalid_json") from error
     if not isinstance(content, dict):
         raise bad_request(f"the body must be a JSON object, not {type(content).__name__}", code="invalid_json")
     try:

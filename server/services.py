@@ -57,7 +57,7 @@ class Services:
         self._canary_at = -CANARY_REST
 
     async def start(self) -> None:
-        """Start the threads and run the model once for each kind of input, so that no client pays for the first call."""
+        """Start the threads and run the model once, so that a broken one stops the start."""
         self._worker.start()
         self._images.start()
         self._texts.start()

@@ -22,6 +22,8 @@ class Limits(StrictModel):
     """Width x height of one picture."""
     side: int = Field(default=16_384, ge=1)
     """Longer side of one picture."""
+    requests: int = Field(default=256, ge=1)
+    """Requests in progress; beyond it new ones get 429 before their body is read."""
     hits: int = Field(default=1000, ge=1)
     """Results per search."""
     read_seconds: float = Field(default=10.0, gt=0)

@@ -293,6 +293,16 @@ def test_ruff_is_trusted_with_the_rest() -> None:
     assert may_print == ["**/cli.py"]
 
 
+def test_ci_and_help_say_what_make_does() -> None:
+    """CI runs what a developer runs, and `make help` shows every target."""
+    script = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line and not line.startswith("#")]
+    assert script == ["set -eu", 'cd "$(dirname "$0")/.."', "make test"]
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    (targets,) = [line.partition(":")[2].split() for line in lines if line.startswith(".PHONY:")]
+    explained = {line.partition(":")[0] for line in lines if re.match(r"[a-z]+:.*## \w", line)}
+    assert {"help", "setup", "demo", "test"} <= explained == set(targets)
+
+
 def test_every_objective_is_one_file_and_has_a_recipe() -> None:
     """The parts of the contract; what they must do is tested with the objectives."""
     from vlp.recipe import load_recipe, recipe_names

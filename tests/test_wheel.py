@@ -30,7 +30,7 @@ def test_every_file_of_the_packages_is_inside(members: set[str]) -> None:
         for path in (ROOT / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    for suffix in (".py", ".yaml", ".json", ".html", ".css", ".js", "py.typed"):
+    for suffix in (".py", ".yaml", ".json", "py.typed"):
         assert any(name.endswith(suffix) for name in files), f"no {suffix} file in the packages: is this test looking?"
     assert files - members == set()
 

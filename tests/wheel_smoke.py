@@ -2,8 +2,8 @@
 
 Usage: python tests/wheel_smoke.py dist/vlp-*.whl
 
-Not a pytest file: it takes a minute and needs the package index. Everything runs outside the checkout, so that only
-the wheel can be what is imported.
+Not a pytest file: it takes a minute or two and needs the package index. Everything runs outside the checkout, so that
+only the wheel can be what is imported.
 """
 
 import os
@@ -19,7 +19,7 @@ COMMANDS = ("--help", "recipes", "objectives", "doctor")
 PACKAGE_DATA = """
 import importlib.resources as resources
 import server.app
-wanted = {"vlp": ("recipes", ".yaml"), "vlp.models": ("configs", ".json"), "server": ("ui", ".html")}
+wanted = {"vlp": ("recipes", ".yaml"), "vlp.models": ("configs", ".json")}
 for package, (folder, suffix) in wanted.items():
     def walk(place):
         for item in place.iterdir():

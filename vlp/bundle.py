@@ -26,7 +26,12 @@ from data_pipelines.tokens import Tokenizer, TokenizerConfig, clip_tokenizer
 from vlp.models import ModelDict, hf_folder, instantiate
 
 FORMAT = 1
-INFO, CONFIG, WEIGHTS, VOCABULARY = "bundle.json", "open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"
+INFO, CONFIG, WEIGHTS, VOCABULARY = (
+    "bundle.json",
+    "open_clip_config.json",
+    "open_clip_model.safetensors",
+    "tokenizer.json",
+)
 
 
 class Provenance(StrictModel):
@@ -112,7 +117,9 @@ def write_open_clip(bundle: Bundle, folder: Path, final: Path) -> None:
         config_source = hf_config_folder(text_cfg["hf_model_name"])
         shutil.copyfile(config_source / "config.json", folder / "config.json")
         text_cfg["hf_model_name"] = str(final)  # open_clip resolves it from anywhere, so it has to be absolute
-    text_cfg["hf_tokenizer_name"] = "."  # any name: with local-dir: open_clip reads the tokenizer from the folder itself
+    text_cfg["hf_tokenizer_name"] = (
+        "."  # any name: with local-dir: open_clip reads the tokenizer from the folder itself
+    )
     config = {"model_cfg": model_cfg, "preprocess_cfg": open_clip_preprocess(bundle.image)}
     (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     (folder / VOCABULARY).write_text(bundle.tokenizer.vocabulary, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What this machine has, what is missing, and what to do about it: the checks behind `vlp doctor`.
+"""`vlp doctor`: what this machine has, what is missing, and what to do about it, one line each.
 
 The list of packages to check is the installed project's own requirements, so it cannot fall behind them.
 """
@@ -11,10 +11,13 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import click
+
+from data_pipelines.console import command, emit, json_option
 from data_pipelines.files import cache_dir
 
 GB = 1 << 30
@@ -264,3 +267,41 @@ def _read(name: str) -> str:
         return Path(name).read_text(encoding="utf-8")
     except OSError:
         return ""
+
+
+@command("doctor")
+@json_option
+def doctor(as_json: bool) -> None:
+    """Say what this machine has, what is missing and what to do, one line each.
+
+    Exit code 1 when something required is missing.
+
+    \b
+    Example:
+      vlp doctor
+      vlp doctor --json
+    """
+    checks: list[Check] = []
+
+    def lines() -> Iterator[str]:
+        for check in run_checks():
+            checks.append(check)
+            yield check.line()
+        yield _verdict(checks)
+
+    if as_json:
+        checks.extend(run_checks())
+    emit({"ok": _fine(checks), "checks": [asdict(check) for check in checks]}, as_json, lines())
+    if not _fine(checks):
+        click.get_current_context().exit(1)
+
+
+def _fine(checks: list[Check]) -> bool:
+    return all(check.status != "missing" for check in checks)
+
+
+def _verdict(checks: list[Check]) -> str:
+    count = sum(check.status == "missing" for check in checks)
+    return (
+        "ready" if count == 0 else f"{count} required {'thing is' if count == 1 else 'things are'} missing, see above"
+    )

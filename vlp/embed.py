@@ -1,53 +1,26 @@
-"""Embeddings of a shard folder on disk, in clip-retrieval's layout: one part per shard, resumable.
+"""Embeddings of a shard folder on disk: one part per shard, resumable. The files are described in `embed_files`."""
 
-    out/img_emb/img_emb_<n>.npy   out/text_emb/text_emb_<n>.npy   [N, D]
-    out/metadata/metadata_<n>.parquet                             image_path (the key), caption, json columns
-    out/embeddings.json                                           which model, which shards
-
-Row i means the same sample in all three files. A part's metadata is written last: it marks the part as done.
-"""
-
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import ValidationError
 
-from data_pipelines.config import StrictModel, explain
+from data_pipelines.config import StrictModel
 from data_pipelines.errors import BadSample, PipelineError
 from data_pipelines.files import sha256_file, write_atomic
 from data_pipelines.images import MAX_PIXELS
 from data_pipelines.preprocess import load_image
 from data_pipelines.reader import Sample, Shard, open_shards
-from data_pipelines.shard_files import COLUMNS
 from data_pipelines.stream import Ledger
 from vlp.bundle import WEIGHTS, Bundle, find_bundle
+from vlp.embed_files import INFO, EmbedInfo, metadata_table, own_caption, read_embed_info
 from vlp.infer import encode_pixels, encode_texts
 
-INFO = "embeddings.json"
-EMBEDDERS: Mapping[str, str] = {"image": "img_emb", "text": "text_emb"}
-"""Modality -> folder and file stem."""
-FROM_COLUMNS = frozenset({"caption", "metadata", "image_path"})
-"""Names the layout keeps for itself: a json field of this name is left out."""
 BATCH = 256
-
-
-class EmbedInfo(StrictModel):
-    """Content of embeddings.json: what a folder was, or is being, made from."""
-
-    format: int = 1
-    model: str
-    weights_sha256: str
-    dim: int
-    dtype: Literal["float32", "float16"]
-    shards: dict[str, int]
-    """Shard name -> bytes."""
 
 
 class EmbedResult(StrictModel):
@@ -66,32 +39,6 @@ def weights_digest(bundle_path: Path) -> str:
     """What identifies a model in embeddings and indexes: sha256 of its weights file."""
     path = find_bundle(bundle_path) / WEIGHTS
     return sha256_file(path) if path.is_file() else ""
-
-
-def read_embed_info(folder: Path) -> EmbedInfo | None:
-    """embeddings.json; None for a folder another tool wrote."""
-    path = folder / INFO
-    if not path.is_file():
-        return None
-    try:
-        return EmbedInfo.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise PipelineError(f"{path}: {explain(error)}") from error
-
-
-def find_parts(folder: Path, stem: str) -> list[tuple[Path, Path]]:
-    """(array, metadata) of every part in name order. Raises PipelineError when a part is incomplete."""
-    tables = sorted((folder / "metadata").glob("metadata_*.parquet"))
-    parts = [(folder / stem / table.name.replace("metadata", stem).replace(".parquet", ".npy"), table) for table in tables]
-    if not parts:
-        raise PipelineError(f"{folder}: holds no embeddings; make some with `vlp embed BUNDLE --data SHARDS --out {folder}`")
-    lacking = [array for array, _ in parts if not array.is_file()]
-    if lacking:
-        raise PipelineError(f"{lacking[0]} is missing: {folder} has no complete {stem!r}; run `vlp embed` again")
-    info = read_embed_info(folder)
-    if info is not None and len(parts) != len(info.shards):
-        raise PipelineError(f"{folder}: {len(parts)} of {len(info.shards)} parts are done; run `vlp embed` again to go on")
-    return parts
 
 
 def embed_shards(
@@ -167,7 +114,7 @@ def _embed_part(
         good = list(_account(decoded, ledger))
         if good:
             image_rows.append(encode_pixels(bundle, torch.stack([pixels for _, pixels in good])).numpy())
-            text_rows.append(encode_texts(bundle, [_caption(sample) for sample, _ in good]).numpy())
+            text_rows.append(encode_texts(bundle, [own_caption(sample) for sample, _ in good]).numpy())
             samples.extend(sample for sample, _ in good)
         progress(len(numbers))
     for stem, rows in (("img_emb", image_rows), ("text_emb", text_rows)):
@@ -194,50 +141,3 @@ def _account(
         else:
             ledger.good()
             yield item
-
-
-def _caption(sample: Sample) -> str:
-    return sample.captions[0] if sample.captions else ""
-
-
-def metadata_table(samples: Sequence[Sample]) -> pa.Table:
-    """One row per sample: image_path, caption, then the json columns, nested ones flattened with dots."""
-    rows = [dict(_flatten(sample.columns)) for sample in samples]
-    names = dict.fromkeys(name for row in rows for name in row)  # in order of appearance
-    columns = {
-        "image_path": pa.array([sample.key for sample in samples], pa.string()),
-        "caption": pa.array([_caption(sample) for sample in samples], pa.string()),
-    }
-    for name in names:
-        if name not in FROM_COLUMNS:
-            columns[name] = _column(name, [row.get(name) for row in rows])
-    return pa.table(columns)
-
-
-def _flatten(columns: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in columns.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _column(name: str, values: list[Any]) -> pa.Array:
-    """Values with the type the shards give this column, else their common type, else as text."""
-    known = COLUMNS.get(name)
-    if known is not None and not pa.types.is_list(known):
-        return pa.array(values, known)
-    present = [value for value in values if value is not None]
-    if present and all(isinstance(value, list) and all(isinstance(v, str) for v in value) for value in present):
-        return pa.array(values, pa.list_(pa.string()))
-    kinds = {type(value) for value in present}
-    for kind, column in ((bool, pa.bool_()), (int, pa.int64()), (float, pa.float64())):
-        if kinds == {kind}:
-            return pa.array(values, column)
-    return pa.array([_text(value) for value in values], pa.string())
-
-
-def _text(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False)

@@ -66,5 +66,5 @@ def pool_prompts(prompts_PD: Tensor, labels: int) -> Tensor:
 def classify(bundle: Bundle, image_ND: Tensor, head_LD: Tensor) -> tuple[Tensor, Tensor]:
     """(probabilities, cosines), both NL; the softmax uses the model's own logit scale."""
     cosines_NL = image_ND @ head_LD.T
-    scale = bundle.model.logit_scale.detach().exp().float().cpu()  # type: ignore[operator, union-attr]
+    scale = bundle.model.logit_scale.detach().exp().float().cpu()  # type: ignore[operator]
     return (cosines_NL * scale).softmax(dim=-1), cosines_NL

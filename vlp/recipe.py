@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 
 from data_pipelines.config import StrictModel, explain
 from data_pipelines.errors import ConfigError
@@ -73,10 +73,12 @@ class Recipe(StrictModel):
     evals: tuple[EvalConfig, ...] = ()
     run: RunConfig = RunConfig()
 
-    def model_post_init(self, _context: object) -> None:
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
         if (self.run.steps is None) == (self.run.epochs is None):
             raise ConfigError(f"run.steps={self.run.steps}, run.epochs={self.run.epochs}: give exactly one of them")
         objectives.load(self.objective)
+        return self
 
 
 def recipe_names() -> list[str]:
@@ -94,13 +96,15 @@ def recipe_names() -> list[str]:
 def recipe_text(name: str) -> str:
     """The YAML of a recipe of the package, or of a file. Raises ConfigError listing what exists."""
     if name in recipe_names():
-        return resources.files("vlp").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
+        return resources.files("vlp").joinpath("recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path.read_text(encoding="utf-8")
         raise ConfigError(f"recipe {name!r}: no such file")
-    raise ConfigError(f"recipe {name!r} is unknown; known: {', '.join(recipe_names())}; or give the path of a .yaml file")
+    raise ConfigError(
+        f"recipe {name!r} is unknown; known: {', '.join(recipe_names())}; or give the path of a .yaml file"
+    )
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:

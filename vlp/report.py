@@ -169,7 +169,9 @@ def _short(text: str, length: int = 34) -> str:
     return plain if len(plain) <= length else plain[: length - 1] + "…"
 
 
-def _page(bundle: Bundle, summary: Mapping[str, Any], images: Mapping[str, bytes], data: str, commands: Sequence[str]) -> str:
+def _page(
+    bundle: Bundle, summary: Mapping[str, Any], images: Mapping[str, bytes], data: str, commands: Sequence[str]
+) -> str:
     provenance = bundle.provenance
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td class=n>{_figure(name, value)}</td></tr>"

@@ -14,7 +14,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-PACKAGES = ("torch", "open_clip_torch", "timm", "transformers", "tokenizers", "webdataset", "pillow", "simplejpeg", "numpy")
+PACKAGES = (
+    "torch",
+    "open_clip_torch",
+    "timm",
+    "transformers",
+    "tokenizers",
+    "webdataset",
+    "pillow",
+    "simplejpeg",
+    "numpy",
+)
 
 
 def now() -> str:
@@ -60,7 +70,9 @@ class RunLog:
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Replace `name` by one JSON object."""
-        (self.folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str), encoding="utf-8")
+        (self.folder / name).write_text(
+            json.dumps(content, indent=2, ensure_ascii=False, default=str), encoding="utf-8"
+        )
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Add one line to a JSON-lines file."""

@@ -1,15 +1,16 @@
-"""Small real models and pictures, and real gloo ranks, for tests and for users' own tests."""
+"""Small real models and real gloo ranks, for our tests and for users' own."""
 
-import io
 import os
 import socket
+import traceback
 from collections.abc import Callable, Sequence
+from queue import Empty
 from typing import Any
 
 import torch
-from PIL import Image
 
 from data_pipelines.preprocess import ImageConfig
+from data_pipelines.testing import draw
 from data_pipelines.tokens import learn_tokenizer
 from vlp.bundle import Bundle
 from vlp.models import ModelDict, instantiate
@@ -27,41 +28,51 @@ MICRO: ModelDict = {
 def micro_bundle(seed: int = 0) -> Bundle:
     """A CLIP of a few thousand parameters with fixed initial weights and a learned vocabulary."""
     tokenizer = learn_tokenizer(WORDS, vocab_size=96, context_length=12)
+    config = {**MICRO, "text_cfg": {**MICRO["text_cfg"], "vocab_size": tokenizer.vocab_size}}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = instantiate({**MICRO, "text_cfg": {**MICRO["text_cfg"], "vocab_size": tokenizer.vocab_size}})
-    config = {**MICRO, "text_cfg": {**MICRO["text_cfg"], "vocab_size": tokenizer.vocab_size}}
+        model = instantiate(config)
     return Bundle("micro", model.eval(), config, ImageConfig(size=16), tokenizer)
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (40, 32), form: str = "JPEG") -> bytes:
-    """A small encoded picture with smooth content that depends on the seed alone."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(1, 3, 4, 4, generator=generator)
-    fine = torch.nn.functional.interpolate(coarse, (size[1], size[0]), mode="bicubic").clamp(0, 1)[0]
-    pixels = (fine * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, form, quality=95)
-    return stream.getvalue()
+    """A small encoded picture that depends on the seed alone."""
+    return draw(size, format=form, seed=seed)
 
 
 def run_ranks(function: Callable[..., Any], world: int, arguments: Sequence[Any] = ()) -> list[Any]:
-    """Run `function(rank, *arguments)` on `world` real gloo processes and return their results in rank order."""
+    """Run `function(rank, *arguments)` on `world` real gloo processes; their results in rank order.
+
+    Raises RuntimeError with the traceback of the first rank that failed.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
+    queue = context.Queue()
     processes = [
-        context.Process(target=_rank, args=(function, rank, world, port, queue, tuple(arguments))) for rank in range(world)
+        context.Process(target=_rank, args=(function, rank, world, port, queue, tuple(arguments)))
+        for rank in range(world)
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        raise RuntimeError(f"ranks ended with exit codes {[process.exitcode for process in processes]}")
-    results = dict(queue.get() for _ in range(world))
+    results: dict[int, Any] = {}
+    try:
+        while len(results) < world:
+            try:
+                rank, result, error = queue.get(timeout=1)
+            except Empty:
+                if any(process.exitcode for process in processes):
+                    raise RuntimeError(f"ranks ended with {[process.exitcode for process in processes]}") from None
+                continue
+            if error:
+                raise RuntimeError(f"rank {rank} failed:\n{error}")
+            results[rank] = result
+    finally:
+        for process in processes:
+            if len(results) < world:
+                process.terminate()
+            process.join()
     return [results[rank] for rank in range(world)]
 
 
@@ -72,9 +83,10 @@ def _rank(
 
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    set_up()
     try:
-        result = function(rank, *arguments)
+        set_up()
+        queue.put((rank, function(rank, *arguments), ""))
+    except Exception:  # noqa: BLE001 - reported by the parent, with its traceback
+        queue.put((rank, None, traceback.format_exc()))
     finally:
         leave()
-    queue.put((rank, result))

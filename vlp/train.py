@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines.batch import Batch
+from data_pipelines.console import progress
 from data_pipelines.errors import ConfigError, PipelineError
 from data_pipelines.loader import Loader, data_digest, make_loader
 from data_pipelines.preprocess import normalise
@@ -22,7 +23,8 @@ from data_pipelines.tokens import Tokenizer, TokenizerConfig, clip_tokenizer, le
 from vlp import __version__, distributed, evals
 from vlp.bundle import VOCABULARY, Bundle, Provenance, save_bundle
 from vlp.checkpoint import load_latest, save_checkpoint
-from vlp.models import build_model, hf_folder, resolve_config
+from vlp.frozen import FeatureLoader, FrozenHeads, trunks_frozen
+from vlp.models import build_model, hf_folder, resolve_config, trunk_of
 from vlp.objectives import base as objectives
 from vlp.optim import Ema, build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from vlp.recipe import Recipe, dump
@@ -38,7 +40,7 @@ class Interrupted(PipelineError):
     """The run was asked to stop; everything is saved."""
 
     def __init__(self, step: int, folder: Path, signal_number: int) -> None:
-        super().__init__(f"stopped at step {step} and saved; continue with the same command and --resume (run {folder})")
+        super().__init__(f"stopped at step {step} and saved; the same command with --resume continues (run {folder})")
         self.signal_number = signal_number
 
 
@@ -54,7 +56,9 @@ class Run:
     objective: Any
     optimizer: torch.optim.Optimizer
     ema: Ema | None
-    loader: Loader
+    loader: Loader | FeatureLoader
+    encoder: Any
+    """What the objective encodes with: the model, or its heads alone where both trunks are frozen."""
     device: torch.device
     total: int
     """Steps of the whole run."""
@@ -103,10 +107,11 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
     model.to(device)
     if recipe.run.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    scale = float(model.logit_scale.detach())  # type: ignore[arg-type, operator]
+    scale = float(model.logit_scale.detach())  # type: ignore[operator]
     module, options = objectives.load(recipe.objective)
     objective = module.build(options, objectives.Dims(int(model_cfg["embed_dim"]), scale)).to(device)
     loader = make_loader(recipe.data, tokenizer, recipe.run.seed, rank, world)
+    frozen = trunks_frozen(model)
     total = recipe.run.steps or max(1, round((recipe.run.epochs or 0) * loader.plan.steps))
     return Run(
         recipe=recipe,
@@ -117,7 +122,8 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
         objective=objective,
         optimizer=build_optimizer(model, objective, recipe.optim),
         ema=Ema(model, recipe.optim.ema) if recipe.optim.ema else None,
-        loader=loader,
+        loader=FeatureLoader(loader, model, device) if frozen else loader,
+        encoder=FrozenHeads(model) if frozen else model,
         device=device,
         total=total,
     )
@@ -132,7 +138,7 @@ def train_step(run: Run, batch: Batch) -> dict[str, float]:
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     run.optimizer.zero_grad(set_to_none=True)
-    loss_output.loss.backward()  # type: ignore[no-untyped-call]
+    loss_output.loss.backward()
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     distributed.average_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, optim.grad_clip or float("inf"))
@@ -146,9 +152,9 @@ def train_step(run: Run, batch: Batch) -> dict[str, float]:
     else:
         _refuse_step(run, batch)
     run.step += 1
-    parts = {name: float(value) for name, value in loss_output.parts.items()}
-    scale = float(run.model.logit_scale.detach().exp())  # type: ignore[operator, union-attr]
-    return {"loss": float(loss_output.loss.detach()), **parts, "lr": rate, "grad_norm": float(norm), "logit_scale": scale}
+    values = {"loss": float(loss_output.loss.detach())} | {k: float(v) for k, v in loss_output.parts.items()}
+    scale = float(run.model.logit_scale.detach().exp())  # type: ignore[operator]
+    return values | {"lr": rate, "grad_norm": float(norm), "logit_scale": scale}
 
 
 def compute_loss(run: Run, batch: Batch) -> objectives.LossOutput:
@@ -161,8 +167,8 @@ def compute_loss(run: Run, batch: Batch) -> objectives.LossOutput:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
     amp = run.recipe.run.precision == "amp_bf16"
     with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=amp):
-        features = run.objective.encode(run.model, pixels, batch)
-    scale: Tensor = run.model.logit_scale.exp()  # type: ignore[operator, union-attr, assignment]
+        features = run.objective.encode(run.encoder, pixels, batch)
+    scale: Tensor = run.model.logit_scale.exp()  # type: ignore[operator]
     output: objectives.LossOutput = run.objective(distributed.gather_features(features), scale)
     return output
 
@@ -170,7 +176,7 @@ def compute_loss(run: Run, batch: Batch) -> objectives.LossOutput:
 @torch.no_grad()
 def _clamp_scale(run: Run) -> None:
     highest = torch.log(torch.tensor(run.recipe.optim.max_logit_scale))
-    run.model.logit_scale.clamp_(0.0, float(highest))  # type: ignore[operator, union-attr]
+    run.model.logit_scale.clamp_(0.0, float(highest))  # type: ignore[operator]
 
 
 def _refuse_step(run: Run, batch: Batch) -> None:
@@ -253,6 +259,11 @@ def train(recipe: Recipe, folder: Path, resume: bool = False, show: bool = True)
     data = {str(recipe.data.train): data_digest(recipe.data.train)}
     if distributed.rank() == 0:
         runlog.write("env.json", environment(run.device, data))
+    if isinstance(run.loader, FeatureLoader):
+        begun = time.perf_counter()
+        with progress("features of the frozen trunks", run.loader.plan.samples, show, "pictures") as advance:
+            run.loader.fill(advance)
+        run.seconds += time.perf_counter() - begun
     with _signals() as received:
         _loop(run, runlog, received, show)
     return _finish(run, runlog)
@@ -260,7 +271,7 @@ def train(recipe: Recipe, folder: Path, resume: bool = False, show: bool = True)
 
 def _loop(run: Run, runlog: RunLog, received: Callable[[], int], show: bool) -> None:
     every = run.recipe.run
-    run.model.train()
+    set_training(run.model)
     with training_bar(show) as bar:
         task = bar.add_task("training", total=run.total, completed=run.step, note="")
         batches: Iterator[Batch] = iter(run.loader) if run.step < run.total else iter(())
@@ -290,13 +301,21 @@ def _evaluate_due(run: Run, runlog: RunLog) -> None:
     for item in due:
         metrics = evals.evaluate(bundle, item.task, item.data)
         runlog.append("evals.jsonl", {"step": run.step, **{f"{item.name}/{key}": v for key, v in metrics.items()}})
-    run.model.train()
+
+
+def set_training(model: nn.Module) -> None:
+    """Training mode, but frozen trunks keep theirs: their batch-norm statistics must not drift."""
+    model.train()
+    for tower in (getattr(model, "visual", None), getattr(model, "text", None)):
+        trunk = trunk_of(tower) if tower is not None else None
+        if trunk is not None and not any(p.requires_grad for p in trunk.parameters()):
+            trunk.eval()
 
 
 def _finish(run: Run, runlog: RunLog) -> dict[str, Any]:
     bundle = save_bundle(current_bundle(run), run.folder / "bundle")
-    metrics = {key: value for row in runlog.rows("evals.jsonl") if row["step"] == run.step for key, value in row.items()}
-    metrics.pop("step", None)
+    last = [row for row in runlog.rows("evals.jsonl") if row["step"] == run.step]
+    metrics = {key: value for row in last for key, value in row.items() if key != "step"}
     ledger = run.loader.ledger
     summary = {
         "metrics": metrics,

@@ -88,7 +88,9 @@ def _metadata(svg: bytes) -> tuple[str, str, tuple[str, ...]]:
     text = block.group().decode("utf-8", "replace") if block else ""
     title = normalise_title(_first(r"<dc:title[^>]*>([^<]*)", text))
     description = _first(r"<dc:description[^>]*>([^<]*)", text).lower()
-    keywords = (html.unescape(word).strip().lower().replace("_", " ") for word in re.findall(r"<rdf:li[^>]*>([^<]*)", text))
+    keywords = (
+        html.unescape(word).strip().lower().replace("_", " ") for word in re.findall(r"<rdf:li[^>]*>([^<]*)", text)
+    )
     return title, description[:200], tuple(word for word in keywords if word not in DROPPED_KEYWORDS)
 
 

@@ -75,7 +75,10 @@ BASE_OF = {
     "1F930": "1FAC4", "1FAC3": "1FAC4",  # pregnant woman, man -> person
     "1F470": "1F935",                    # veil, tuxedo: the wedding pair
 }  # fmt: skip
-WHOLE = {"1F9D1-200D-1F384": "1F385"}  # mx claus -> Santa Claus
+WHOLE = {
+    "1F9D1-200D-1F384": "1F385",             # mx claus -> Santa Claus
+    "1F46A": "1F9D1-200D-1F9D1-200D-1F9D2",  # family: the vendors draw it with the very bytes of adult, adult, child
+}  # fmt: skip
 
 
 class Config(StrictModel):

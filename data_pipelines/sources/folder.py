@@ -15,10 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import model_validator
 
 from data_pipelines.config import StrictModel
-from data_pipelines.errors import BadSample, PipelineError
+from data_pipelines.errors import BadSample, ConfigError, PipelineError
 from data_pipelines.records import RESERVED, Record
 
 READ = (".jpg", ".jpeg", ".png", ".webp", ".gif")
@@ -36,8 +36,16 @@ class Config(StrictModel):
     path: Path
     layout: Layout | None = None
     """None: `captions` if any picture has a .txt or .json beside it; else `classes` if all lie in sub-folders."""
-    template: str | None = Field(default=None, pattern=r"\{label\}")
+    template: str | None = None
     """Caption of a picture that has a label only, such as "a photo of a {label}"."""
+
+    @model_validator(mode="after")
+    def _has_place(self) -> "Config":
+        if self.template is not None and "{label}" not in self.template:
+            raise ConfigError(
+                f"template {self.template!r} has no {{label}} in it; write for example: a photo of a {{label}}"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -197,6 +205,7 @@ def _texts(columns: Mapping[str, Any], name: str) -> list[str]:
 
 def _passthrough(columns: Mapping[str, Any]) -> Extra:
     """Other values as columns: lists and objects as JSON text; what the writer computes anew is left out."""
+    columns = {name.encode("utf-8", "replace").decode(): value for name, value in columns.items()}
     return {
         name: value if value is None or isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)
         for name, value in columns.items()

@@ -74,8 +74,14 @@ def check_filter(where: Mapping[str, Value], fields: Mapping[str, FieldKind]) ->
             known = ", ".join(sorted(fields)) or "none"
             raise FilterError(field, f"field {field!r} cannot be filtered by; this index has: {known}")
         kind = fields[field]
-        values = [value] if isinstance(value, str | int) else list(value)
+        values: list[str | int] = [value] if isinstance(value, str | int) else [*value]
         several = not isinstance(value, str | int)
-        if not values or any(type(item) is not kinds[kind] for item in values) or (several and kind == "bool"):
+        right = all(type(item) is kinds[kind] and _storable(item) for item in values)
+        if not values or not right or (several and kind == "bool"):
             wanted = "true or false" if kind == "bool" else f"{kinds[kind].__name__} or a list of them"
             raise FilterError(field, f"field {field!r} is compared with {wanted}")
+
+
+def _storable(value: str | int) -> bool:
+    """Whether the engine can hold the value: integers have 64 bits."""
+    return isinstance(value, str) or -(2**63) <= value < 2**63

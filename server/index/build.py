@@ -14,7 +14,7 @@ from data_pipelines.errors import PipelineError
 from data_pipelines.files import fsync_dir
 from server.index import ALWAYS, FieldKind, IndexInfo
 from server.index.edge import INFO, create_index
-from vlp.embed import EMBEDDERS, find_parts, read_embed_info
+from vlp.embed_files import EMBEDDERS, find_parts, read_embed_info
 
 Modality = Literal["image", "text"]
 BATCH = 1000
@@ -70,10 +70,10 @@ def _kind(name: str, table: Path) -> FieldKind:
     if name not in schema.names:
         raise PipelineError(f"--field {name}: no such column in the metadata; there are: {', '.join(schema.names)}")
     column = schema.field(name).type
-    if pa.types.is_list(column):
-        column = column.value_type
     if pa.types.is_boolean(column):
         return "bool"
+    if pa.types.is_list(column) and not pa.types.is_boolean(column.value_type):
+        column = column.value_type
     if pa.types.is_integer(column):
         return "integer"
     if pa.types.is_string(column) or pa.types.is_large_string(column):
@@ -90,8 +90,9 @@ def _batches(
         vectors_ND = np.load(array, mmap_mode="r", allow_pickle=False)
         metadata = pq.read_table(table)
         if vectors_ND.shape != (metadata.num_rows, dim):
+            wanted = (metadata.num_rows, dim)
             raise PipelineError(
-                f"{array}: shape {vectors_ND.shape}, expected {(metadata.num_rows, dim)} as {table.name} and the other parts say"
+                f"{array}: shape {vectors_ND.shape}, but {table.name} and the other parts want {wanted}"
             )
         payloads = _payloads(metadata, fields)
         for at in range(0, len(payloads), BATCH):

@@ -19,6 +19,8 @@ from data_pipelines.errors import PipelineError
 from data_pipelines.files import write_atomic
 from server.index import FieldKind, Hit, IndexInfo, Value, check_filter
 
+Floats = NDArray[np.floating[Any]]
+
 INFO, SHARD = "index.json", "edge"
 FORMAT = 1
 EXACT_BELOW = 10_000
@@ -30,7 +32,8 @@ FULL_SCAN_THRESHOLD = 10_000
 SCHEMAS: Mapping[FieldKind, qe.PayloadSchemaType] = {
     "keyword": qe.PayloadSchemaType.Keyword,
     "integer": qe.PayloadSchemaType.Integer,
-    "bool": qe.PayloadSchemaType.Bool,
+    # The binding of 0.9.0 makes MatchValue(True) the integer 1, which matches no boolean: they are kept as 0 and 1.
+    "bool": qe.PayloadSchemaType.Integer,
 }
 
 
@@ -39,16 +42,18 @@ class EdgeIndex:
 
     def __init__(self, folder: Path, info: IndexInfo, shard: qe.EdgeShard) -> None:
         self._folder, self._info, self._shard = folder, info, shard
+        self._bools = frozenset(field for field, kind in info.fields.items() if kind == "bool")
 
     @property
     def info(self) -> IndexInfo:
         """What it holds."""
         return self._info
 
-    def add(self, ids: Sequence[int], vectors_ND: NDArray[np.floating[Any]], payloads: Sequence[dict[str, Any]]) -> None:
+    def add(self, ids: Sequence[int], vectors_ND: Floats, payloads: Sequence[dict[str, Any]]) -> None:
         """Insert or replace points."""
         rows = vectors_ND.astype(np.float32).tolist()
-        points = [qe.Point(*point) for point in zip(ids, rows, payloads, strict=True)]
+        kept = [{name: int(v) if name in self._bools else v for name, v in payload.items()} for payload in payloads]
+        points = [qe.Point(*point) for point in zip(ids, rows, kept, strict=True)]
         self._shard.update(qe.UpdateOperation.upsert_points(points))
 
     def finish(self) -> None:
@@ -73,7 +78,10 @@ class EdgeIndex:
                 params=qe.SearchParams(hnsw_ef=max(EF, limit), exact=exact, quantization=quantisation),
             )
         )
-        return [Hit(int(point.id), float(point.score), point.payload or {}) for point in found]
+        return [Hit(int(point.id), float(point.score), self._shown(point.payload or {})) for point in found]
+
+    def _shown(self, payload: dict[str, Any]) -> dict[str, Any]:
+        return {name: bool(value) if name in self._bools else value for name, value in payload.items()}
 
     def close(self) -> None:
         """Flush and unlock."""
@@ -83,9 +91,13 @@ class EdgeIndex:
 def _conditions(where: Mapping[str, Value]) -> qe.Filter | None:
     if not where:
         return None
-    must = []
+    must: list[qe.ConditionType] = []
     for field, value in where.items():
-        match = qe.MatchValue(value) if isinstance(value, str | int) else qe.MatchAny(list(value))
+        # check_filter has seen to it that a list holds either words or numbers
+        if isinstance(value, str | int):
+            match: qe.MatchType = qe.MatchValue(int(value) if isinstance(value, bool) else value)
+        else:
+            match = qe.MatchAny(list(value))  # type: ignore[arg-type]
         must.append(qe.FieldCondition(field, match=match))
     return qe.Filter(must=must)
 
@@ -109,10 +121,10 @@ def open_index(folder: Path) -> EdgeIndex:
     info = read_info(folder)
     try:
         shard = qe.EdgeShard.load(str(folder / SHARD))
-    except Exception as error:  # noqa: BLE001 - the engine raises nothing narrower
+    except Exception as error:  # the engine raises nothing narrower
         if "WouldBlock" in str(error):
             raise PipelineError(f"{folder}: another process has this index open; stop it, or serve a copy") from error
-        raise PipelineError(f"{folder}: the index is damaged ({error}); make it again with `vlp index build`") from error
+        raise PipelineError(f"{folder}: the index is damaged ({error}); build it again") from error
     points = shard.info().points_count
     if points != info.points:
         shard.close()
@@ -124,7 +136,7 @@ def read_info(folder: Path) -> IndexInfo:
     """index.json of an index folder. Raises PipelineError."""
     path = folder / INFO
     if not path.is_file():
-        raise PipelineError(f"{folder}: no index ({INFO} is missing); make one with `vlp index build EMBEDDINGS --out {folder}`")
+        raise PipelineError(f"{folder}: no index here ({INFO} is missing); `vlp index build` makes one")
     try:
         info = IndexInfo.model_validate_json(path.read_bytes())
     except ValidationError as error:

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from vlp import doctor
-from vlp.commands.doctor import doctor as command
+from vlp.doctor import doctor as command
 
 
 @pytest.fixture

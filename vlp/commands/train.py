@@ -39,7 +39,10 @@ def train(
     if resume and run_dir is None:
         raise ConfigError("--resume needs --run-dir, the folder of the run to continue")
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
-    folder = run_dir or Path("runs") / f"{stamp}-{Path(recipe).stem if recipe.endswith('.yaml') else recipe.replace('/', '-')}"
+    folder = (
+        run_dir
+        or Path("runs") / f"{stamp}-{Path(recipe).stem if recipe.endswith('.yaml') else recipe.replace('/', '-')}"
+    )
     if dry_run:
         result = _describe(resolved, folder)
         emit(result, as_json, [f"{key}: {value}" for key, value in result.items()])

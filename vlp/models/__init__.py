@@ -58,11 +58,16 @@ def resolve_config(config: ModelConfig) -> ModelDict:
     if config.config is not None:
         found = deepcopy(config.config)
     elif config.name in own_configs():
-        text = resources.files("vlp.models").joinpath("configs", f"{config.name}.json").read_text(encoding="utf-8")
+        text = (
+            resources.files("vlp.models")
+            .joinpath("configs")
+            .joinpath(f"{config.name}.json")
+            .read_text(encoding="utf-8")
+        )
         found = json.loads(text)
     else:
-        found = get_model_config(config.name)
-    if found is None:
+        found = get_model_config(config.name) or {}
+    if not found:
         close = [name for name in list_models() if name.lower().startswith(config.name.lower()[:4])]
         raise ConfigError(
             f"model.name: {config.name!r} is unknown; ours: {', '.join(own_configs())}; "
@@ -88,9 +93,9 @@ def instantiate(model_cfg: ModelDict, folder: Path | None = None) -> nn.Module:
         text["hf_model_pretrained"] = False
         text["hf_model_name"] = str(folder or hf_folder(hf_name))
     custom_text = kwargs.pop("custom_text", False) or hf_name is not None
-    if "multimodal_cfg" in kwargs:
-        return CoCa(**kwargs)
-    return CustomTextCLIP(**kwargs) if custom_text else CLIP(**kwargs)
+    model_class = CoCa if "multimodal_cfg" in kwargs else CustomTextCLIP if custom_text else CLIP
+    model: nn.Module = model_class(**kwargs)
+    return model
 
 
 def hf_folder(name: str) -> Path:
@@ -99,11 +104,15 @@ def hf_folder(name: str) -> Path:
         return tower_folder(name)
     folder = Path(name)
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"text tower {name!r}: give a pinned tower ({', '.join(TOWERS)}) or a local folder with config.json")
+        raise ConfigError(
+            f"text tower {name!r}: give a pinned tower ({', '.join(TOWERS)}) or a local folder with config.json"
+        )
     return folder
 
 
-def build_model(config: ModelConfig, image_size: int, context_length: int, vocab_size: int) -> tuple[nn.Module, ModelDict]:
+def build_model(
+    config: ModelConfig, image_size: int, context_length: int, vocab_size: int
+) -> tuple[nn.Module, ModelDict]:
     """(model, its complete model_cfg): built for these inputs, weights loaded, trunks frozen as asked."""
     model_cfg = resolve_config(config)
     model_cfg["vision_cfg"]["image_size"] = image_size
@@ -126,7 +135,9 @@ def _lock(model: nn.Module, attribute: str, option: str) -> None:
     tower = getattr(model, attribute, None)
     trunk = trunk_of(tower) if tower is not None else None
     if trunk is None:
-        raise ConfigError(f"model.lock_{option}: only timm image towers and Hugging Face text towers have a separate trunk")
+        raise ConfigError(
+            f"model.lock_{option}: only timm image towers and Hugging Face text towers have a separate trunk"
+        )
     trunk.requires_grad_(False)
 
 

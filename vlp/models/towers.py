@@ -33,7 +33,9 @@ def _image_weights(source: str) -> dict[str, Tensor]:
         return weights
     path = Path(source)
     if path.suffix != ".safetensors" or not path.is_file():
-        raise ConfigError(f"model.image_weights={source!r}: give a pinned tower ({', '.join(TOWERS)}) or a .safetensors file")
+        raise ConfigError(
+            f"model.image_weights={source!r}: give a pinned tower ({', '.join(TOWERS)}) or a .safetensors file"
+        )
     return load_file(path)
 
 

@@ -36,9 +36,7 @@ class Config(StrictModel):
     """Use this temperature instead of the model's learned scale."""
 
 
-def clip_loss(
-    features: Features, logit_scale: Tensor, config: Config
-) -> tuple[Tensor, Tensor, Tensor]:
+def clip_loss(features: Features, logit_scale: Tensor, config: Config) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, image-to-text part, text-to-image part), scalars."""
     if config.fixed_temperature is not None:
         logit_scale = logit_scale.new_tensor(1.0 / config.fixed_temperature)

@@ -1,0 +1,63 @@
+"""Search in the index the server was started with."""
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from data_pipelines.errors import BadSample
+from server.answers import json_answer
+from server.batcher import Row
+from server.errors import ApiError, bad_item, bad_request
+from server.images import image_bytes
+from server.index import FilterError
+from server.limits import read_json
+from server.schemas import ERRORS, ErrorBody, body_of
+from server.schemas.embeddings import check_text
+from server.schemas.search import SearchRequest, SearchResponse
+from server.services import Services, services_of
+
+router = APIRouter(tags=["native"])
+
+NO_INDEX = (
+    "this server has no index: vlp embed BUNDLE --data SHARDS --out EMB; vlp index build EMB --out INDEX; "
+    "vlp serve BUNDLE --index INDEX"
+)
+
+
+@router.post(
+    "/v1/search",
+    response_model=SearchResponse,
+    responses={**ERRORS, 404: {"model": ErrorBody, "description": "The server was started without an index."}},
+    openapi_extra=body_of(SearchRequest, text={"text": "a red circle", "limit": 5, "filter": {"source": "noto"}}),
+)
+async def search(request: Request) -> Response:
+    """Nearest entries of the index to a text or a picture, optionally only where payload fields have given values."""
+    services = services_of(request)
+    limits = services.settings.limits
+    wanted = await read_json(request, SearchRequest, limits)
+    if services.index is None:
+        raise ApiError(404, NO_INDEX, "no_index")
+    services.check_model(wanted.model)
+    if wanted.limit > limits.hits:
+        raise bad_request(f"limit: {wanted.limit} hits, at most {limits.hits}", "limit")
+    query = await _query(services, wanted)
+    try:
+        hits = await services.search(query, wanted.limit, wanted.filter or {}, wanted.exact)
+    except FilterError as error:
+        raise bad_request(f"filter: {error}", f"filter.{error.field}", "invalid_filter") from error
+    return json_answer(
+        {"model": services.engine.name, "hits": [{**hit.payload, "id": hit.id, "score": hit.score} for hit in hits]}
+    )
+
+
+async def _query(services: Services, wanted: SearchRequest) -> Row:
+    if wanted.image is not None:
+        (row,) = await services.embed_images([image_bytes(wanted.image, "image")])
+        if isinstance(row, BadSample):
+            raise bad_item(row, "image")
+        return row
+    assert wanted.text is not None
+    check_text(wanted.text, "text", services.settings.limits)
+    rows, _ = await services.embed_texts([wanted.text])
+    found: Row = rows[0]
+    return found

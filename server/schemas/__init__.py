@@ -1,0 +1,53 @@
+"""Request and response bodies, one module per family of routes."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Body(BaseModel):
+    """Base of all requests: unknown fields are accepted and ignored, because clients send extras."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+
+
+class Answer(BaseModel):
+    """Base of all responses; they are documentation, the routes write plain JSON."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+
+class ErrorObject(Answer):
+    """What went wrong with a request or with one item of it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(Answer):
+    """Every answer that is not a success."""
+
+    error: ErrorObject
+    message: str
+    detail: str
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "The request is wrong; `param` names the field or item."},
+    401: {"model": ErrorBody, "description": "A key is needed."},
+    408: {"model": ErrorBody, "description": "The body did not arrive in time."},
+    413: {"model": ErrorBody, "description": "The body is too long."},
+    429: {"model": ErrorBody, "description": "Too much is waiting; `Retry-After` says when to come back."},
+    503: {"model": ErrorBody, "description": "The model does not answer."},
+}
+"""Shared by all routes that run the model."""
+
+
+def body_of(model: type[BaseModel], **examples: dict[str, Any]) -> dict[str, Any]:
+    """`openapi_extra` of a route that reads its body itself; `app.openapi` collects the definitions."""
+    content: dict[str, Any] = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
+    if examples:
+        content["examples"] = {name: {"value": value} for name, value in examples.items()}
+    return {"requestBody": {"required": True, "content": {"application/json": content}}}

@@ -1,0 +1,30 @@
+"""Models and health."""
+
+from typing import Literal
+
+from server.schemas import Answer
+
+
+class ModelCard(Answer):
+    """One model, as OpenAI lists it, with what it can do."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    capabilities: list[str]
+    dimensions: int
+
+
+class ModelList(Answer):
+    """All models of this server."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(Answer):
+    """`ok`, or why not."""
+
+    status: str
+    reason: str | None = None

@@ -1,0 +1,20 @@
+"""Folders of generated pictures that several test files read."""
+
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.testing import draw
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Seven pictures with captions beside them, one without, in two folders."""
+    root = tmp_path / "photos"
+    (root / "trip").mkdir(parents=True)
+    for number in range(7):
+        folder = root if number < 4 else root / "trip"
+        (folder / f"p{number}.png").write_bytes(draw((40 + number, 30), "RGBA", seed=number))
+        (folder / f"p{number}.txt").write_text(f"picture {number}\nanother line {number}\n")
+    (root / "lonely.jpg").write_bytes(draw(format="JPEG", seed=99))
+    return root

@@ -1,0 +1,281 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from data_pipelines import console
+from data_pipelines.cli import data, shard
+from data_pipelines.errors import BadSample
+from data_pipelines.testing import draw
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(shard, [str(argument) for argument in arguments])
+
+
+def python(code: str, *arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """The code in a fresh interpreter."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the statistics, which hold times."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.endswith("_stats.json"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def summary(result: Result) -> dict[str, Any]:
+    return json.loads(result.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def test_a_folder_from_end_to_end(photos: Path, tmp_path: Path) -> None:
+    (photos / "cut.png").write_bytes((photos / "p0.png").read_bytes()[:300])
+    (photos / "cut.txt").write_text("a cut picture")
+    result = run(photos, "--out", tmp_path / "out", "--image-size", 16, "--samples-per-shard", 5)
+    assert result.exit_code == 0, result.output
+    assert "7 samples of 9 records, 2 failures (no_caption 1, truncated_image 1), 2 shards" in result.stdout
+    assert "every failed row is in the .parquet" in result.stdout
+    assert "sharding folder" in result.stderr
+    assert "9/9" in result.stderr
+
+
+def test_json_is_the_only_thing_on_stdout(photos: Path, tmp_path: Path) -> None:
+    result = run(photos, "--out", tmp_path / "out", "--json")
+    found = json.loads(result.stdout)
+    assert (found["records"], found["samples"], found["failures"]) == (8, 7, {"no_caption": 1})
+    assert found["splits"][""]["samples"] == 7
+    assert not found["up_to_date"]
+
+
+def test_again_does_nothing_and_other_output_is_refused(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(photos, "--out", out).exit_code == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    again = run(photos, "--out", out, "--workers", 1)
+    assert (again.exit_code, "up to date, nothing to do" in again.stdout) == (0, True)
+    refused = run(photos, "--out", out, "--image-size", 16)
+    assert refused.exit_code == 1
+    assert "options.image_size was None, is 16" in refused.stderr
+    assert "--overwrite" in refused.stderr
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_changed_input_is_noticed(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(photos, "--out", out)
+    (photos / "lonely.txt").write_text("no longer alone")
+    refused = run(photos, "--out", out)
+    assert refused.exit_code == 1
+    assert "different: source.files" in refused.stderr
+    replaced = run(photos, "--out", out, "--overwrite", "--json")
+    assert summary(replaced)["samples"] == 8
+
+
+def test_overwrite_removes_old_shards_and_nothing_else(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(photos, "--out", out, "--samples-per-shard", 2)
+    assert len(list(out.glob("*.tar"))) == 4
+    (out / "notes.txt").write_text("mine")
+    assert run(photos, "--out", out, "--overwrite").exit_code == 0
+    assert [path.name for path in out.glob("*.tar")] == ["00000.tar"]
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_missing_shard_is_written_again_when_asked(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(photos, "--out", out)
+    whole = contents(out)
+    (out / "00000.tar").unlink()
+    refused = run(photos, "--out", out)
+    assert refused.exit_code == 1
+    assert "files are missing or damaged" in refused.stderr
+    assert run(photos, "--out", out, "--overwrite").exit_code == 0
+    assert contents(out) == whole
+
+
+def test_a_folder_with_other_things_is_not_littered(photos: Path, tmp_path: Path) -> None:
+    result = run(photos, "--out", photos)
+    assert result.exit_code == 1
+    assert "is not empty and holds no shards of this tool" in result.stderr
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in run(photos, "--out", tmp_path / "file").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/empty"], "no images among 0 files"),
+        (["{tmp}/nowhere"], "no such path, and no data set has this name; data sets are clipart, emoji, starter"),
+        (["{tmp}/photos", "--kind", "tars"], "kinds are clipart, emoji, folder, starter"),
+        (["{tmp}/photos", "--template", "a {label}"], "template 'a {label}' has no effect"),
+        (["{tmp}/photos", "--template", "a photo"], "template"),
+        (["{tmp}/photos", "--resize-mode", "border"], "give both or neither"),
+        (["{tmp}/photos", "--resize-always"], "no effect without --image-size"),
+        (["{tmp}/photos", "--encode-quality", "80"], "no effect without encode_format"),
+        (["{tmp}/photos", "--max-pixels", "10"], "none of 8 records became a sample (too_many_pixels 7, no_caption 1)"),
+        (["starter", "--dir", "{tmp}/damaged"], "sha256 of emojibase-data-17.0.0.tgz is"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_1(
+    photos: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "emojibase-data-17.0.0.tgz").write_bytes(b"not it")
+    result = run(*(argument.replace("{tmp}", str(tmp_path)) for argument in arguments), "--out", tmp_path / "out")
+    assert result.exit_code == 1, result.output
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("sharding")]
+    assert len(errors) <= 2, result.stderr
+    assert message in " ".join(errors)
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    code = "from data_pipelines.cli import shard; shard()"
+    plain = python(code, "nope", "--out", tmp_path / "out")
+    assert (plain.returncode, plain.stderr.count("\n")) == (1, 1)
+    assert "Traceback" in python(code, "nope", "--out", tmp_path / "out", VLP_DEBUG="1").stderr
+
+
+@pytest.mark.parametrize("command", [shard, data, data.commands["fetch"]])
+def test_help_has_an_example(command: click.Command) -> None:
+    result = CliRunner().invoke(command, ["--help"])
+    assert result.exit_code == 0
+    assert "Example" in result.stdout
+    assert "vlp " in result.stdout.partition("Example")[2]
+
+
+def test_img2dataset_spellings_are_accepted(photos: Path, tmp_path: Path) -> None:
+    options = ("--image_size", 16, "--resize_mode", "border", "--encode_format", "jpg", "--encode_quality", 90)
+    result = run(photos, "--out", tmp_path / "out", *options, "--number_sample_per_shard", 4, "--json")
+    assert summary(result)["shards"] == 2
+
+
+def test_no_torch_is_loaded(photos: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from data_pipelines.cli import shard; shard(sys.argv[1:], standalone_mode=False); "
+        "print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'torchvision', 'vlp', 'server')))"
+    )
+    for arguments in (["--help"], [photos, "--out", tmp_path / "out"]):
+        done = python(code, *arguments)
+        assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_fetch_prints_paths_licences_and_credits() -> None:
+    result = CliRunner().invoke(data, ["fetch", "starter", "--json"])
+    assert result.exit_code == 0, result.output
+    packages = summary(result)["packages"]
+    assert len(packages) == 6
+    assert all(Path(package["path"]).is_file() and package["licence"] and package["credit"] for package in packages)
+    assert "Noto Emoji by Google" in CliRunner().invoke(data, ["fetch", "emoji"]).stdout
+    assert len(summary(CliRunner().invoke(data, ["fetch", "towers", "--json"]))["packages"]) == 2
+
+
+CLI = "import sys; from data_pipelines.cli import shard; shard(sys.argv[1:])"
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three hundred small pictures."""
+    root = tmp_path_factory.mktemp("many")
+    for number in range(300):
+        (root / f"{number:04}.png").write_bytes(draw((32, 32), seed=number))
+        (root / f"{number:04}.txt").write_text(f"picture {number}")
+    return root
+
+
+def _written(path: Path) -> int:
+    """Time of writing in nanoseconds; 0 for a file that is gone by now."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def test_a_kill_leaves_whole_files_and_the_next_run_completes(many: Path, tmp_path: Path) -> None:
+    options = ["--samples-per-shard", "4", "--image-size", "16"]
+    assert run(many, "--out", tmp_path / "whole", *options).exit_code == 0
+    whole = contents(tmp_path / "whole")
+    out = tmp_path / "out"
+    for shards in (1, 20, 40):
+        began = time.time_ns()
+        command = [sys.executable, "-c", CLI, str(many), "--out", str(out), *options]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        # each run starts over: wait until it has removed the last one's shards and written so many of its own
+        while sum(_written(path) > began for path in out.glob("*_stats.json")) < shards:
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (out / "job.json").exists()
+        visible = [path for path in out.iterdir() if path.is_file() and not path.name.startswith(".")]
+        for path in visible:
+            assert path.name.endswith("_stats.json") or path.read_bytes() == whole[path.name]
+        for path in out.glob("*_stats.json"):  # a shard is done if and only if this exists
+            with tarfile.open(out / path.name.replace("_stats.json", ".tar")) as tar:
+                assert len(tar.getnames()) == 3 * json.loads(path.read_text())["successes"] == 12
+    assert run(many, "--out", out, *options).exit_code == 0
+    assert contents(out) == whole
+
+
+def test_two_processes_do_not_share_a_folder(many: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", CLI, str(many), "--out", str(out), "--samples-per-shard", "5"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "00000_stats.json").exists():
+        assert first.poll() is None
+        time.sleep(0.002)
+    second = run(many, "--out", out, "--samples-per-shard", 5)
+    assert second.exit_code == 1
+    assert "another process is writing" in second.stderr
+    assert first.wait() == 0
+    assert summary(run(many, "--out", out, "--samples-per-shard", 5, "--json"))["up_to_date"]
+
+
+def test_a_moved_folder_gives_the_same_bytes(photos: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere" / photos.name
+    shutil.copytree(photos, moved)
+    for number, folder in enumerate((photos, moved)):
+        assert run(folder, "--out", tmp_path / str(number)).exit_code == 0
+    one, other = contents(tmp_path / "0"), contents(tmp_path / "1")
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] in ([], ["job.json"])  # job.json knows the files' times
+
+
+def test_lazy_group_lists_without_importing() -> None:
+    group = console.LazyGroup(
+        "tool", lazy={"shard": ("data_pipelines.cli:shard", "Write."), "gone": ("no.such:thing", "Gone.")}
+    )
+    listed = CliRunner().invoke(group, ["--help"])
+    assert listed.exit_code == 0
+    assert "Gone." in listed.stdout
+    assert "resize" in CliRunner().invoke(group, ["shard", "--help"]).stdout
+    assert isinstance(CliRunner().invoke(group, ["gone"]).exception, ModuleNotFoundError)
+
+
+def test_group_errors_are_readable() -> None:
+    @click.group(cls=console.Group)
+    def tool() -> None:
+        """Tool."""
+
+    @tool.command()
+    def fail() -> None:
+        """Fail."""
+        raise BadSample("truncated_image", "8 bytes")
+
+    result = CliRunner().invoke(tool, ["fail"])
+    assert (result.exit_code, result.stderr) == (1, "Error: truncated_image: 8 bytes\n")
