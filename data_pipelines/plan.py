@@ -39,7 +39,7 @@ class Plan:
             raise ConfigError("the data set holds no sample")
         if self.drop_last and self.samples < self.batch_size:
             raise ConfigError(
-                f"data.batch_size={self.batch_size} exceeds the {self.samples} samples of the data set: use a smaller one"
+                f"data.batch_size={self.batch_size} exceeds the {self.samples} samples of the data set: use less"
             )
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import BadSample
-from data_pipelines.images import MAX_PIXELS, flatten, open_checked
+from data_pipelines.images import MAX_PIXELS, flatten, open_checked, open_header
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -37,15 +37,15 @@ class ImageConfig(StrictModel):
 
 def decode_rgb(data: bytes, config: ImageConfig, max_pixels: int = MAX_PIXELS) -> Tensor:
     """CHW uint8 picture from JPEG, PNG, WebP or GIF bytes. Raises BadSample with the reason."""
-    image = open_checked(data, max_pixels)
-    if image.format == "JPEG" and image.mode in ("RGB", "L"):
+    header = open_header(data, max_pixels)
+    if header.format == "JPEG" and header.mode in ("RGB", "L"):
         try:
             pixels = simplejpeg.decode_jpeg(data, "RGB")
         except ValueError as error:
             raise BadSample("truncated_image", str(error)) from error
     else:
         ground = (config.ground,) * 3
-        pixels = np.asarray(flatten(image, ground))
+        pixels = np.asarray(flatten(open_checked(data, max_pixels), ground))
     return torch.from_numpy(np.array(pixels, copy=True) if not pixels.flags.writeable else pixels).permute(2, 0, 1)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import BadSample, PipelineError, ShardError
-from data_pipelines.records import MANIFEST, Manifest
+from data_pipelines.records import MANIFEST, load_manifest
 
 BLOCK = 512
 IMAGES = ("jpg", "png", "jpeg", "webp", "gif")
@@ -86,9 +86,7 @@ def _add(samples: list[tuple[str, Members]], seen: set[str], member: str, where:
     key = f"{folder}/{stem}" if folder else stem
     if not samples or samples[-1][0] != key:
         if key in seen:
-            raise ShardError(
-                f"{shard}: members of {key!r} are not side by side; write the shard again with `vlp shard`"
-            )
+            raise ShardError(f"{shard}: members of {key!r} are apart; write the shard again with `vlp shard`")
         seen.add(key)
         samples.append((key, {}))
     if extension.lower() in samples[-1][1]:
@@ -100,7 +98,7 @@ class Shard:
     """One open tar: mapped into memory, members by random access."""
 
     def __init__(self, path: Path, expected_bytes: int | None = None) -> None:
-        """`expected_bytes`: length according to the manifest, if there is one."""
+        """`expected_bytes`: length by the manifest, if there is one."""
         self.path = path
         try:
             with path.open("rb") as handle:
@@ -141,25 +139,15 @@ class Shard:
         return self._data[where[0] : where[0] + where[1]]
 
 
-def load_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a shard folder; None where there is none (a folder written by another tool)."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except ValueError as error:
-        raise ShardError(f"{path}: not a manifest of this version ({error})") from error
-
-
 def open_shards(folder: Path) -> list[Shard]:
     """All shards of a folder in name order, checked against the manifest where there is one."""
     if not folder.is_dir():
         raise PipelineError(f"{folder}: no such folder of shards; make one with `vlp shard SOURCE --out DIR`")
-    manifest = load_manifest(folder)
-    if manifest is None:
+    if not (folder / MANIFEST).is_file():
         paths = sorted(folder.glob("*.tar"))
         if not paths:
-            raise PipelineError(f"{folder}: holds no .tar shard; make some with `vlp shard SOURCE --out {folder}`")
+            below = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}")))
+            hint = f"its splits are folders: {below}" if below else "make some with `vlp shard SOURCE --out DIR`"
+            raise PipelineError(f"{folder}: holds no .tar shard; {hint}")
         return [Shard(path) for path in paths]
-    return [Shard(folder / info.name, info.bytes) for info in manifest.shards]
+    return [Shard(folder / info.name, info.bytes) for info in load_manifest(folder).shards]

@@ -21,7 +21,7 @@ from data_pipelines.config import StrictModel
 from data_pipelines.errors import ConfigError
 
 START, END = "<start_of_text>", "<end_of_text>"
-PAD, UNKNOWN = "<pad>", "<unk>"
+PAD = "<pad>"
 CLIP_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 NEEDS_CLEANING = re.compile(r"[^\x20-\x7e]|&")
 
@@ -111,14 +111,19 @@ def _id(backend: Backend, entry: str) -> int:
 
 
 def learn_tokenizer(texts: Iterable[str], vocab_size: int, context_length: int) -> Tokenizer:
-    """A byte-pair vocabulary of at most `vocab_size` entries learned from `texts`; the end token has the highest id."""
-    backend = Backend(models.BPE(unk_token=UNKNOWN, end_of_word_suffix="</w>"))
+    """A byte-level BPE vocabulary of at most `vocab_size` entries learned from `texts`; the end token has the highest id.
+
+    The same texts give the same vocabulary. (With word-end suffixes the library numbers letters in hash order.)
+    """
+    backend = Backend(models.BPE())
     backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(CLIP_PATTERN), "removed", invert=True)
+    split = pre_tokenizers.Split(Regex(CLIP_PATTERN), "removed", invert=True)
+    bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_of_words])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
-        special_tokens=[PAD, UNKNOWN, START],
-        end_of_word_suffix="</w>",
+        special_tokens=[PAD, START],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     backend.train_from_iterator((clean(text, lower=True) for text in texts), trainer)

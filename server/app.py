@@ -30,8 +30,8 @@ def create_app(settings: Settings, engine: Engine, index: Index | None = None) -
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        await services.start()
         try:
+            await services.start()
             yield
         finally:
             await services.stop()

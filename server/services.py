@@ -1,6 +1,7 @@
 """What the routes share: the model behind its batchers, the index, and the truth about their health."""
 
 import asyncio
+import base64
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ CANARY_SECONDS = 5.0
 """A model that does not answer one word within this time is not ready."""
 CANARY_REST = 1.0
 """Seconds a good answer is believed, so that probing costs next to nothing."""
+DOT = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
+"""A PNG of one pixel, to warm up with."""
 
 
 class Services:
@@ -57,11 +60,14 @@ class Services:
         self._canary_at = -CANARY_REST
 
     async def start(self) -> None:
-        """Start the threads and run the model once, so that a broken one stops the start."""
+        """Start the threads and run both towers once: a broken model stops the start, and no client pays for it."""
         self._worker.start()
         self._images.start()
         self._texts.start()
         await self._worker.run(self._canary)
+        (row,) = await self._images.submit([DOT])
+        if isinstance(row, BadSample):
+            raise row
 
     async def stop(self) -> None:
         """End threads and close the index."""

@@ -206,7 +206,7 @@ def _read_info(folder: Path) -> BundleInfo | None:
     content = _read_json(folder / INFO)
     if int(content.get("format", 0)) > FORMAT:
         raise BundleError(
-            f"{folder / INFO}: format {content['format']} was written by a newer vlp; this one reads up to {FORMAT}: upgrade vlp"
+            f"{folder / INFO}: format {content['format']} is of a newer vlp; this one reads up to {FORMAT}: upgrade"
         )
     try:
         return BundleInfo.model_validate(content)

@@ -88,9 +88,7 @@ def ask(url: str, data: Path, say: Say) -> dict[str, Any]:
     embedded = _post(url, "/v1/embeddings", {"input": [f"a {sample.captions[0]}", picture]})
     first, second = (item["embedding"] for item in embedded["data"])
     cosine = sum(a * b for a, b in zip(first, second, strict=True))
-    say(
-        f"POST /v1/embeddings  text and picture of {sample.captions[0]!r}: {len(first)} numbers each, cosine {cosine:.3f}"
-    )
+    say(f"POST /v1/embeddings  text and picture of {sample.captions[0]!r}: width {len(first)}, cosine {cosine:.3f}")
     request = {"image": picture, "labels": [sample.captions[0], *LABELS], "top_k": 3}
     predictions = _post(url, "/v1/classify", request)["data"][0]["predictions"]
     best = ", ".join(f"{item['label']} {item['probability']:.2f}" for item in predictions)

@@ -1,6 +1,7 @@
 """Embeddings of a shard folder on disk: one part per shard, resumable. The files are described in `embed_files`."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from data_pipelines.files import sha256_file, write_atomic
 from data_pipelines.images import MAX_PIXELS
 from data_pipelines.preprocess import load_image
 from data_pipelines.reader import Sample, Shard, open_shards
+from data_pipelines.records import MANIFEST
 from data_pipelines.stream import Ledger
 from vlp.bundle import WEIGHTS, Bundle, find_bundle
 from vlp.embed_files import INFO, EmbedInfo, metadata_table, own_caption, read_embed_info
@@ -49,11 +51,12 @@ def embed_shards(
     dtype: Literal["float32", "float16"] = "float32",
     progress: Callable[[int], None] = lambda step: None,
     max_pixels: int = MAX_PIXELS,
+    overwrite: bool = False,
 ) -> EmbedResult:
     """Embed pictures and captions of all shards in `data` into `out`, leaving out parts that are done.
 
     A sample's first caption is embedded (the empty text where it has none). Raises PipelineError when `out` holds
-    embeddings of another model or other shards.
+    embeddings of another model or other shards, unless `overwrite` says to replace them.
     """
     shards = open_shards(data)
     info = EmbedInfo(
@@ -62,7 +65,10 @@ def embed_shards(
         dim=bundle.dim,
         dtype=dtype,
         shards={shard.path.name: shard.path.stat().st_size for shard in shards},
+        manifest_sha256=sha256_file(data / MANIFEST) if (data / MANIFEST).is_file() else "",
     )
+    if overwrite and (out / INFO).is_file():
+        shutil.rmtree(out)
     _claim(out, info)
     digits = len(str(len(shards)))  # clip-retrieval: floor(log10(parts)) + 1
     ledger = Ledger()
@@ -87,7 +93,9 @@ def _claim(out: Path, info: EmbedInfo) -> None:
     there = read_embed_info(out)
     if there is not None and there != info:
         different = [name for name in EmbedInfo.model_fields if getattr(there, name) != getattr(info, name)]
-        raise PipelineError(f"{out}: holds embeddings made with another {', '.join(different)}: choose another --out")
+        raise PipelineError(
+            f"{out}: holds embeddings made with another {', '.join(different)}: use another --out, or --overwrite"
+        )
     if there is None and out.is_dir() and any(out.iterdir()):
         raise PipelineError(f"{out} is not empty and holds no {INFO}: choose another --out")
     content = info.model_dump_json(indent=2).encode()

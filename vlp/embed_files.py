@@ -37,6 +37,8 @@ class EmbedInfo(StrictModel):
     dtype: Literal["float32", "float16"]
     shards: dict[str, int]
     """Shard name -> bytes."""
+    manifest_sha256: str = ""
+    """Of the shards' manifest, where there is one."""
 
 
 def read_embed_info(folder: Path) -> EmbedInfo | None:

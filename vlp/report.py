@@ -186,7 +186,7 @@ def _page(
     }
     details = "".join(f"<tr><td class=m>{key}</td><td>{html.escape(value)}</td></tr>" for key, value in facts.items())
     pictures = "".join(
-        f'<h2>{name.replace("_", " ")}</h2><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        f'<h2>{name.replace("_", " ")}</h2><img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
         for name, png in images.items()
     )
     todo = "".join(f"<li><code>{html.escape(line)}</code></li>" for line in commands)

@@ -15,19 +15,27 @@ from data_pipelines.tokens import learn_tokenizer
 from vlp.bundle import Bundle
 from vlp.models import ModelDict, instantiate
 
-WORDS = ("red circle", "green square", "blue triangle", "yellow ring", "a photo of a cat", "pepper and salt", "tall tree")
+WORDS = (
+    "red circle",
+    "green square",
+    "blue triangle",
+    "yellow ring",
+    "a photo of a cat",
+    "pepper and salt",
+    "tall tree",
+)
 
 MICRO: ModelDict = {
     "embed_dim": 16,
     "init_logit_scale": 2.6592,
     "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 12, "vocab_size": 96, "width": 32, "heads": 2, "layers": 1},
+    "text_cfg": {"context_length": 12, "vocab_size": 320, "width": 32, "heads": 2, "layers": 1},
 }
 
 
 def micro_bundle(seed: int = 0) -> Bundle:
     """A CLIP of a few thousand parameters with fixed initial weights and a learned vocabulary."""
-    tokenizer = learn_tokenizer(WORDS, vocab_size=96, context_length=12)
+    tokenizer = learn_tokenizer(WORDS, vocab_size=320, context_length=12)
     config = {**MICRO, "text_cfg": {**MICRO["text_cfg"], "vocab_size": tokenizer.vocab_size}}
     with torch.random.fork_rng():
         torch.manual_seed(seed)

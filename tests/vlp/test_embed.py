@@ -70,11 +70,14 @@ def test_embeddings_of_different_models_never_mix(shards: Path, tmp_path: Path) 
     embed_shards(micro_bundle(), "digest", shards, out)
     with pytest.raises(PipelineError, match="another weights_sha256"):
         embed_shards(micro_bundle(1), "other", shards, out)
-    with pytest.raises(PipelineError, match="is not empty"):
-        embed_shards(micro_bundle(), "digest", shards, tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(PipelineError, match="is not empty"):
+            embed_shards(micro_bundle(), "digest", shards, tmp_path, overwrite=overwrite)
     info = read_embed_info(out)
     assert info is not None
     assert info.weights_sha256 == "digest"
+    replaced = embed_shards(micro_bundle(1), "other", shards, out, overwrite=True)
+    assert (replaced.rows, replaced.reused) == (12, 0)
     (out / "embeddings.json").write_text(json.dumps({"model": 1}))
     with pytest.raises(PipelineError, match="embeddings.json"):
         read_embed_info(out)

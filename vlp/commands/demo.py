@@ -30,8 +30,7 @@ def demo(overrides: tuple[str, ...], run_dir: Path, shards: Path, recipe: str, a
     summary = run_demo(run_dir, shards, recipe, overrides, lambda line: click.echo(line, err=True))
     metrics = summary["metrics"]
     lines = ["", f"{'figure, %':24}" + "".join(f"{name:>18}" for name in TESTS)]
-    for name in SHOWN:
-        lines.append(f"{name:24}" + "".join(f"{100 * metrics[f'{test}/{name}']:18.1f}" for test in TESTS))
+    lines += [f"{name:24}" + "".join(f"{100 * metrics[f'{test}/{name}']:18.1f}" for test in TESTS) for name in SHOWN]
     lines.append(f"{'captions to choose from':24}" + "".join(f"{metrics[f'{test}/captions']:18.0f}" for test in TESTS))
     lines += [
         "",

@@ -22,8 +22,9 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--out", type=FOLDER, required=True, help="Folder for the arrays; an interrupted run goes on there.")
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="torch device, for example cuda")
+@click.option("--overwrite", is_flag=True, help="Replace embeddings of another model or other shards.")
 @json_option
-def embed(bundle: Path, data: Path, out: Path, dtype: str, device: str, as_json: bool) -> None:
+def embed(bundle: Path, data: Path, out: Path, dtype: str, device: str, overwrite: bool, as_json: bool) -> None:
     """Embed pictures and captions of shards with BUNDLE, in clip-retrieval's folder layout."""
     from data_pipelines.reader import open_shards
     from vlp.bundle import load_bundle
@@ -33,7 +34,13 @@ def embed(bundle: Path, data: Path, out: Path, dtype: str, device: str, as_json:
     model = load_bundle(bundle, device)
     with progress("embedding", total, unit="samples") as advance:
         result = embed_shards(
-            model, weights_digest(bundle), data, out, "float16" if dtype == "float16" else "float32", advance
+            model,
+            weights_digest(bundle),
+            data,
+            out,
+            "float16" if dtype == "float16" else "float32",
+            advance,
+            overwrite=overwrite,
         )
     content = {"bundle": str(bundle), "data": str(data), "out": str(out), "dim": model.dim, **result.model_dump()}
     lines = [f"{result.rows:,} embeddings of width {model.dim} in {result.parts} parts: {out}"]

@@ -1,0 +1,175 @@
+"""The loader on real shards: content, captions, resume, ranks, bad samples."""
+
+import io
+import itertools
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipelines.augment import AugmentConfig
+from data_pipelines.batch import Batch
+from data_pipelines.captions import CaptionConfig, caption_id, choose_caption
+from data_pipelines.errors import ConfigError, MissingField, PipelineError
+from data_pipelines.loader import DataConfig, Loader
+from data_pipelines.preprocess import ImageConfig, load_image
+from data_pipelines.stream import ShardSet
+from data_pipelines.testing import draw
+from data_pipelines.tokens import Tokenizer, learn_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return learn_tokenizer(["red apple", "face", "tool", "animal"], vocab_size=400, context_length=16)
+
+
+def config(folder: Path, **changes: object) -> DataConfig:
+    settings = {
+        "train": folder, "batch_size": 32, "image": ImageConfig(size=32, resize="longest"),
+        "augment": AugmentConfig(flip=0.5, rotate=10, brightness=0.2),
+        "captions": CaptionConfig(alternative=0.2, labels=0.2, with_labels=0.2),
+    }  # fmt: skip
+    return DataConfig.model_validate({**settings, **changes})
+
+
+def same(left: Batch, right: Batch) -> bool:
+    assert left.caption_ids is not None
+    assert right.caption_ids is not None
+    return (
+        left.keys == right.keys
+        and torch.equal(left.pixels, right.pixels)
+        and torch.equal(left.tokens, right.tokens)
+        and torch.equal(left.caption_ids, right.caption_ids)
+    )
+
+
+def test_pictures_and_captions_stay_together(starter_shards: Path, tokenizer: Tokenizer) -> None:
+    plain = config(starter_shards / "val", augment=AugmentConfig(), captions=CaptionConfig())
+    stored = ShardSet([plain.train])
+    samples = {sample.key: sample for sample in map(stored.read, range(len(stored)))}
+    loader = Loader(plain, tokenizer, seed=0)
+    seen = set()
+    for batch in itertools.islice(loader, loader.plan.steps):
+        for row, key in enumerate(batch.keys):
+            assert torch.equal(batch.pixels[row], load_image(samples[key].image, plain.image))
+            assert torch.equal(batch.tokens[row : row + 1], tokenizer(samples[key].captions[:1]))
+            seen.add(key)
+    assert len(seen) == loader.plan.steps * 32
+
+
+def test_resume_continues_with_the_very_same_batches(starter_shards: Path, tokenizer: Tokenizer) -> None:
+    whole = list(itertools.islice(Loader(config(starter_shards / "val"), tokenizer, seed=7), 24))
+    first = Loader(config(starter_shards / "val"), tokenizer, seed=7)
+    list(itertools.islice(first, 17))
+    assert first.state_dict()["step"] == 17
+    second = Loader(config(starter_shards / "val", threads=1, cache_mb=0), tokenizer, seed=7)
+    second.load_state_dict(first.state_dict())
+    assert all(same(a, b) for a, b in zip(whole[17:], itertools.islice(second, 7), strict=True))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_together_see_the_global_batch(starter_shards: Path, tokenizer: Tokenizer, world: int) -> None:
+    whole = next(iter(Loader(config(starter_shards / "val"), tokenizer, seed=1)))
+    parts = [next(iter(Loader(config(starter_shards / "val"), tokenizer, 1, rank, world))) for rank in range(world)]
+    assert sum((part.keys for part in parts), ()) == whole.keys
+    assert torch.equal(torch.cat([part.pixels for part in parts]), whole.pixels)
+    assert torch.equal(torch.cat([part.tokens for part in parts]), whole.tokens)
+
+
+def test_other_data_seed_or_batch_size_is_refused_with_the_difference(
+    starter_shards: Path, tokenizer: Tokenizer
+) -> None:
+    state = Loader(config(starter_shards / "val"), tokenizer, seed=7).state_dict()
+    with pytest.raises(ConfigError, match="seed: checkpoint 7, now 8"):
+        Loader(config(starter_shards / "val"), tokenizer, seed=8).load_state_dict(state)
+    with pytest.raises(ConfigError, match="data"):
+        Loader(config(starter_shards / "unseen_vendor"), tokenizer, seed=7).load_state_dict(state)
+
+
+def test_sources_select_and_unknown_sources_are_refused(starter_shards: Path, tokenizer: Tokenizer) -> None:
+    loader = Loader(config(starter_shards / "val", sources=("google",)), tokenizer, seed=0)
+    assert loader.plan.samples == len(ShardSet([starter_shards / "val"])) / 2
+    with pytest.raises(PipelineError, match="nobody"):
+        Loader(config(starter_shards / "val", sources=("nobody",)), tokenizer, seed=0)
+
+
+def write_bad(folder: Path, good: int, bad: int) -> Path:
+    folder.mkdir()
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for number in range(good + bad):
+            image = draw((64, 64), format="JPEG", seed=number)
+            image = image[: len(image) - 200] if number < bad else image
+            for name, content in ((f"{number:04}.jpg", image), (f"{number:04}.txt", b"a caption")):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+def test_bad_samples_are_counted_and_the_rest_is_delivered(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    loader = Loader(config(write_bad(tmp_path / "few", 38, 2), batch_size=20), tokenizer, seed=0)
+    batches = list(itertools.islice(loader, 2))
+    assert sum(len(batch.keys) for batch in batches) == 38
+    ledger = loader.ledger
+    assert (ledger.seen, ledger.delivered) == (
+        40 + 20 * (ledger.seen // 20 - 2),
+        ledger.seen - ledger.quarantined.total(),
+    )
+    assert ledger.quarantined["truncated_image"] >= 2
+
+
+def test_too_many_bad_samples_stop_the_job(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    folder = write_bad(tmp_path / "many", 20, 120)
+    loader = Loader(config(folder, batch_size=20, max_bad_share=0.5), tokenizer, seed=0)
+    with pytest.raises(PipelineError, match="truncated_image"):
+        list(itertools.islice(loader, 200))
+
+
+def test_a_failing_loader_ends_its_thread_and_raises_here(
+    starter_shards: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    folder = tmp_path / "val"
+    shutil.copytree(starter_shards / "val", folder)
+    loader = Loader(config(folder), tokenizer, seed=0)
+    loader.shards.sizes = ()
+    loader.plan = None  # type: ignore[assignment]  # whatever goes wrong in the thread must surface in the consumer
+    with pytest.raises(AttributeError):
+        next(iter(loader))
+
+
+def test_caption_shares_are_what_the_config_says() -> None:
+    captions, labels = ("own", "other"), ("a", "b", "c")
+    settings = CaptionConfig(alternative=0.2, labels=0.3, with_labels=0.1, max_labels=2, prompt="a {}")
+    numbers = np.random.default_rng(0).random((4000, 3))
+    texts = [choose_caption(captions, labels, settings, row) for row in numbers]
+    assert all(text.startswith("a ") for text in texts)
+    own = sum(text == "a own" for text in texts) / len(texts)
+    assert abs(own - (0.4 + 0.1)) < 0.03, "0.4 left over, and half of the alternatives are the own caption"
+    assert abs(sum(text.startswith("a own, ") for text in texts) / len(texts) - 0.1) < 0.02
+    assert {"a a", "a b, c", "a c, b"} <= set(texts)
+
+
+def test_too_large_caption_shares_are_refused() -> None:
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        CaptionConfig(labels=0.8, alternative=0.3)
+
+
+def test_caption_ids_ignore_case_and_margins_only() -> None:
+    assert caption_id(("Red apple ", "x")) == caption_id(("red apple",))
+    assert caption_id(("red apple",)) != caption_id(("red apples",))
+
+
+def test_batch_names_who_needs_a_missing_field(starter_shards: Path, tokenizer: Tokenizer) -> None:
+    batch = next(iter(Loader(config(starter_shards / "val"), tokenizer, seed=0)))
+    with pytest.raises(MissingField, match="supcon.*label_ids"):
+        batch.require("label_ids", by="supcon")
+    assert batch.to("cpu").pixels is batch.pixels
+
+
+def test_a_source_may_appear_several_times_in_an_epoch(starter_shards: Path, tokenizer: Tokenizer) -> None:
+    once = Loader(config(starter_shards / "val", sources={"google": 1, "twitter": 1}), tokenizer, seed=0)
+    more = Loader(config(starter_shards / "val", sources={"google": 2, "twitter": 1}), tokenizer, seed=0)
+    assert more.plan.samples == once.plan.samples * 3 / 2
