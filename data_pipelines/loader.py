@@ -33,8 +33,8 @@ class DataConfig(StrictModel):
 
     train: Path
     """Folder of shards."""
-    sources: tuple[str, ...] = ()
-    """Train on these sources only; empty means all."""
+    sources: dict[str, int] | None = None
+    """Source -> how often each of its samples appears in an epoch; others are left out. Default: all once."""
     batch_size: int = 256
     """Global batch, over all ranks."""
     image: ImageConfig = ImageConfig()

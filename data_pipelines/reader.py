@@ -114,6 +114,11 @@ class Shard:
     def __len__(self) -> int:
         return len(self._samples)
 
+    def source(self, row: int) -> str:
+        """Source of the sample in position `row`, empty where its json does not say."""
+        members = self._samples[row][1]
+        return str(json.loads(self._bytes(members["json"])).get("source", "")) if "json" in members else ""
+
     def read(self, row: int) -> Sample:
         """The sample in position `row`. Raises BadSample when it has no image or its text cannot be read."""
         key, members = self._samples[row]

@@ -3,7 +3,7 @@
 import logging
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -63,15 +63,13 @@ class Ledger:
 class ShardSet:
     """All samples of one or several shard folders under one numbering."""
 
-    def __init__(self, folders: Sequence[Path], sources: Iterable[str] = ()) -> None:
-        """`sources`: keep only samples of these sources; empty keeps all."""
+    def __init__(self, folders: Sequence[Path], sources: Mapping[str, int] | None = None) -> None:
+        """`sources`: source -> how often its samples appear in an epoch; others are left out. None takes all once."""
         self._shards: list[Shard] = [shard for folder in folders for shard in open_shards(folder)]
-        wanted = frozenset(sources)
-        self._rows = [_select(shard, wanted) for shard in self._shards]
-        if wanted and not any(self._rows):
-            raise PipelineError(
-                f"data.sources={sorted(wanted)}: no sample of {[str(f) for f in folders]} has such a source"
-            )
+        self._rows = [_select(shard, sources) for shard in self._shards]
+        if sources is not None and not any(self._rows):
+            found = [str(folder) for folder in folders]
+            raise PipelineError(f"data.sources={dict(sources)}: no sample of {found} comes from these")
         self.sizes = tuple(len(rows) for rows in self._rows)
         self._starts = [0, *accumulate(self.sizes)]
 
@@ -84,10 +82,10 @@ class ShardSet:
         return self._shards[number].read(self._rows[number][sample_id - self._starts[number]])
 
 
-def _select(shard: Shard, wanted: frozenset[str]) -> Sequence[int]:
-    if not wanted:
+def _select(shard: Shard, sources: Mapping[str, int] | None) -> Sequence[int]:
+    if sources is None:
         return range(len(shard))
-    return [row for row in range(len(shard)) if shard.read(row).source in wanted]
+    return [row for row in range(len(shard)) for _ in range(sources.get(shard.source(row), 0))]
 
 
 def decode(sample: Sample, image: ImageConfig, max_pixels: int) -> Decoded:

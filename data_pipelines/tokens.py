@@ -111,7 +111,7 @@ def _id(backend: Backend, entry: str) -> int:
 
 
 def learn_tokenizer(texts: Iterable[str], vocab_size: int, context_length: int) -> Tokenizer:
-    """A byte-level BPE vocabulary of at most `vocab_size` entries learned from `texts`; the end token has the highest id.
+    """A byte-level BPE vocabulary of at most `vocab_size` entries from `texts`; the end token has the highest id.
 
     The same texts give the same vocabulary. (With word-end suffixes the library numbers letters in hash order.)
     """

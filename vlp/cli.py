@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 
 import click
 
@@ -33,6 +34,8 @@ COMMANDS = {
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens in detail.")
 def cli(verbose: bool) -> None:
     """Vision-language pretraining: shards, training, evaluation, serving."""
+    # Pillow warns from 89 megapixels on; our own, lower limit counts such a picture and says so.
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",

@@ -55,6 +55,8 @@ class RunConfig(StrictModel):
     device: str = "auto"
     threads: int | None = None
     """Torch threads; default all cores. Bit-equal results need an equal number."""
+    sizes: dict[float, int] = {}
+    """Progressive resizing: share of the run -> side of the training pictures until then; afterwards full size."""
     log_every: int = 10
     save_every: int = 200
     """Steps between checkpoints; 0 = only at the end and when interrupted."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipelines.batch import Batch
@@ -163,6 +164,9 @@ def compute_loss(run: Run, batch: Batch) -> objectives.LossOutput:
         pixels = batch.image_features
     else:
         pixels = normalise(batch.pixels, run.recipe.data.image)
+        side = picture_side(run.recipe, run.step / run.total)
+        if side != pixels.shape[-1]:
+            pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
         if run.recipe.run.channels_last:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
     amp = run.recipe.run.precision == "amp_bf16"
@@ -171,6 +175,12 @@ def compute_loss(run: Run, batch: Batch) -> objectives.LossOutput:
     scale: Tensor = run.model.logit_scale.exp()  # type: ignore[operator]
     output: objectives.LossOutput = run.objective(distributed.gather_features(features), scale)
     return output
+
+
+def picture_side(recipe: Recipe, progress: float) -> int:
+    """Side of the training pictures after this share of the run."""
+    due = [share for share in recipe.run.sizes if progress < share]
+    return recipe.run.sizes[min(due)] if due else recipe.data.image.size
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ import torch
 from data_pipelines.augment import AugmentConfig, augment
 
 STRONG = AugmentConfig(
-    flip=0.5, rotate=20, scale=0.3, shift=0.1, shear=10, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1, grey=0.2,
-    erase=0.5,
+    flip=0.5, rotate=20, scale=0.3, shift=0.1, shear=10, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1,
+    grey=0.2, erase=0.5,
 )  # fmt: skip
 
 

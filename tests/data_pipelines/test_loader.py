@@ -90,10 +90,10 @@ def test_other_data_seed_or_batch_size_is_refused_with_the_difference(
 
 
 def test_sources_select_and_unknown_sources_are_refused(starter_shards: Path, tokenizer: Tokenizer) -> None:
-    loader = Loader(config(starter_shards / "val", sources=("google",)), tokenizer, seed=0)
+    loader = Loader(config(starter_shards / "val", sources={"google": 1}), tokenizer, seed=0)
     assert loader.plan.samples == len(ShardSet([starter_shards / "val"])) / 2
     with pytest.raises(PipelineError, match="nobody"):
-        Loader(config(starter_shards / "val", sources=("nobody",)), tokenizer, seed=0)
+        Loader(config(starter_shards / "val", sources={"nobody": 1}), tokenizer, seed=0)
 
 
 def write_bad(folder: Path, good: int, bad: int) -> Path:
