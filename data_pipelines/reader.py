@@ -107,7 +107,7 @@ class Shard:
             raise ShardError(f"{path}: cannot be opened ({error})") from error
         if expected_bytes is not None and len(self._data) != expected_bytes:
             raise ShardError(
-                f"{path}: {len(self._data)} bytes, the manifest says {expected_bytes}: the shard is cut or was exchanged"
+                f"{path}: {len(self._data)} bytes, the manifest says {expected_bytes}: it is cut or was exchanged"
             )
         self._samples = walk_tar(self._data, str(path))
 

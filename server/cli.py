@@ -39,7 +39,7 @@ DRAIN_SECONDS = 20
 @click.option("--index", "index_folder", type=FOLDER, help="Index made by `vlp index build`; enables /v1/search.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free port.")
-@click.option("--device", default="cpu", show_default=True, help="torch device, for example cuda")
+@click.option("--device", default="auto", show_default=True, help="torch device, for example cuda")
 @click.option("--allow-open", is_flag=True, help=f"Listen beyond this machine without API keys ({KEYS}).")
 @json_option
 def serve(
@@ -75,10 +75,10 @@ def _prepare(
 
     from server.app import create_app
     from server.engine import BundleEngine
-    from vlp.bundle import load_bundle
+    from vlp.bundle import load_bundle, pick_device
     from vlp.embed import weights_digest
 
-    engine = BundleEngine(load_bundle(bundle, device), settings.limits)
+    engine = BundleEngine(load_bundle(bundle, pick_device(device)), settings.limits)
     if index is not None:
         check_same_model(index.info, engine.name, engine.dim, weights_digest(bundle))
     config = uvicorn.Config(

@@ -158,6 +158,13 @@ def _hf_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
 def find_bundle(path: Path) -> Path:
     """The bundle folder meant by `path`: the folder itself, or `bundle/` below a run."""
     for folder in (path, path / "bundle"):

@@ -47,7 +47,10 @@ def run_demo(folder: Path, shards: Path, recipe: str, overrides: Sequence[str], 
         found = vlp(["eval", str(folder), "--data", str(shards / name)], say)["metrics"]
         metrics |= {f"{name}/{key}": value for key, value in found.items()}
     vlp(["export", str(folder), "--format", "open_clip", "--out", str(folder / "open_clip")], say)
-    vlp(["embed", str(folder), "--data", str(shards / TESTS[0]), "--out", str(folder / "embeddings")], say)
+    vlp(
+        ["embed", str(folder), "--data", str(shards / TESTS[0]), "--out", str(folder / "embeddings"), "--overwrite"],
+        say,
+    )
     vlp(["index", "build", str(folder / "embeddings"), "--out", str(folder / "index")], say)
     runlog = RunLog(folder)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

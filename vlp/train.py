@@ -22,7 +22,7 @@ from data_pipelines.preprocess import normalise
 from data_pipelines.stream import ShardSet
 from data_pipelines.tokens import Tokenizer, TokenizerConfig, clip_tokenizer, learn_tokenizer
 from vlp import __version__, distributed, evals
-from vlp.bundle import VOCABULARY, Bundle, Provenance, save_bundle
+from vlp.bundle import VOCABULARY, Bundle, Provenance, pick_device, save_bundle
 from vlp.checkpoint import load_latest, save_checkpoint
 from vlp.frozen import FeatureLoader, FrozenHeads, trunks_frozen
 from vlp.models import build_model, hf_folder, resolve_config, trunk_of
@@ -68,13 +68,6 @@ class Run:
     seconds: float = 0.0
     """Training time so far, over all resumes; evaluation and saving left out."""
     bad_steps: int = 0
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
 
 
 def make_tokenizer(recipe: Recipe) -> Tokenizer:
@@ -218,11 +211,11 @@ def save(run: Run) -> Path:
     return save_checkpoint(run.folder / "checkpoints", run.step, tensors, state, run.recipe.run.keep)
 
 
-def restore(run: Run) -> bool:
-    """Continue from the newest whole checkpoint; False if there is none."""
+def restore(run: Run) -> None:
+    """Continue from the newest whole checkpoint; from the start if there is none."""
     found = load_latest(run.folder / "checkpoints")
     if found is None:
-        return False
+        return
     tensors, state = found
     run.model.load_state_dict(tensors["model"])
     load_optimizer_tensors(run.optimizer, tensors["optimizer"])
@@ -234,7 +227,6 @@ def restore(run: Run) -> bool:
             run.ema.shadow[key].copy_(value)
     run.loader.load_state_dict(state["loader"])
     run.step, run.seconds = int(state["step"]), float(state["seconds"])
-    return True
 
 
 def current_bundle(run: Run) -> Bundle:
@@ -260,9 +252,9 @@ def train(recipe: Recipe, folder: Path, resume: bool = False, show: bool = True)
     run = prepare(recipe, folder)
     runlog = RunLog(folder)
     if resume:
-        if restore(run):
-            for name in ("metrics.jsonl", "evals.jsonl"):
-                runlog.truncate(name, run.step)
+        restore(run)
+        for name in ("metrics.jsonl", "evals.jsonl"):
+            runlog.truncate(name, run.step)
     elif (folder / "checkpoints").exists():
         raise ConfigError(f"{folder} holds a run already: continue it with --resume, or choose another --run-dir")
     (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")

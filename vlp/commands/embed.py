@@ -21,17 +21,17 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--data", type=FOLDER, required=True, help="Folder of shards.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for the arrays; an interrupted run goes on there.")
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="torch device, for example cuda")
+@click.option("--device", default="auto", show_default=True, help="torch device, for example cuda")
 @click.option("--overwrite", is_flag=True, help="Replace embeddings of another model or other shards.")
 @json_option
 def embed(bundle: Path, data: Path, out: Path, dtype: str, device: str, overwrite: bool, as_json: bool) -> None:
     """Embed pictures and captions of shards with BUNDLE, in clip-retrieval's folder layout."""
     from data_pipelines.reader import open_shards
-    from vlp.bundle import load_bundle
+    from vlp.bundle import load_bundle, pick_device
     from vlp.embed import embed_shards, weights_digest
 
     total = sum(len(shard) for shard in open_shards(data))
-    model = load_bundle(bundle, device)
+    model = load_bundle(bundle, pick_device(device))
     with progress("embedding", total, unit="samples") as advance:
         result = embed_shards(
             model,

@@ -25,8 +25,7 @@ FOLDER = click.Path(path_type=Path)
 def evaluate(bundle: Path, data: Path, task: str, device: str, as_json: bool) -> None:
     """Evaluate BUNDLE (a bundle, a run folder or an exported open_clip folder) on a folder of shards."""
     from vlp import evals
-    from vlp.bundle import load_bundle
-    from vlp.train import pick_device
+    from vlp.bundle import load_bundle, pick_device
 
     metrics = evals.evaluate(load_bundle(bundle, pick_device(device)), task, data)
     result = {"bundle": str(bundle), "data": str(data), "task": task, "metrics": metrics}
