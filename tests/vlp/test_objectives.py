@@ -1,0 +1,225 @@
+"""The contract every objective fulfils, tried on every module of vlp/objectives; then the mathematics of `clip`."""
+
+import importlib
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data_pipelines.batch import Batch
+from data_pipelines.config import StrictModel
+from data_pipelines.errors import ConfigError, MissingField
+from vlp.distributed import gather_features
+from vlp.models import instantiate
+from vlp.objectives import base, clip
+from vlp.objectives.base import Dims, Features, LossOutput
+from vlp.recipe import load_recipe, recipe_names
+from vlp.testing import MICRO, run_ranks
+
+NAMES = base.names()
+DIMS = Dims(embed=16, init_logit_scale=math.log(10))
+
+
+def make_batch(count: int = 6, seed: int = 0) -> Batch:
+    """A batch with every field an objective may need."""
+    generator = torch.Generator().manual_seed(seed)
+    return Batch(
+        keys=tuple(map(str, range(count))),
+        pixels=torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8),
+        tokens=torch.randint(1, 96, (count, 12), generator=generator),
+        caption_ids=torch.arange(count) // 2,
+        label_ids=torch.arange(count) % 3,
+    )
+
+
+def encode(name: str, batch: Batch, **options: object) -> tuple[base.Objective, Features]:
+    module, config = base.load({"name": name, **options})
+    torch.manual_seed(0)
+    model = instantiate(MICRO)
+    objective = module.build(config, DIMS)
+    return objective, objective.encode(model, batch.pixels.float() / 255, batch)
+
+
+def loss_of(name: str, features: Features, scale: float = 10.0, **options: object) -> LossOutput:
+    module, config = base.load({"name": name, **options})
+    output: LossOutput = module.build(config, DIMS)(features, torch.tensor(scale))
+    return output
+
+
+def test_there_are_objectives() -> None:
+    assert "clip" in NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_module_has_the_four_names_and_a_recipe(name: str) -> None:
+    module = importlib.import_module(f"vlp.objectives.{name}")
+    assert issubclass(module.Config, StrictModel)
+    assert set(module.NEEDS) <= set(Batch.__slots__)
+    assert module.COUPLING in ("global", "local", "stateful")
+    assert any(load_recipe(recipe).objective["name"] == name for recipe in recipe_names())
+    assert "arXiv" in (module.__doc__ or ""), "the header names the paper"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("count", [1, 6])
+def test_forward_and_backward_are_finite(name: str, count: int) -> None:
+    objective, features = encode(name, make_batch(count))
+    output = objective(features, torch.tensor(10.0))
+    output.loss.backward()
+    assert output.loss.ndim == 0
+    assert torch.isfinite(output.loss)
+    assert all(torch.isfinite(value).all() for value in output.parts.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_order_of_the_batch_does_not_matter(name: str) -> None:
+    _, features = encode(name, make_batch())
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    assert loss_of(name, features.map(lambda tensor: tensor[order])).loss.item() == pytest.approx(
+        loss_of(name, features).loss.item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_features_give_nearly_the_same_loss(name: str) -> None:
+    _, features = encode(name, make_batch())
+    low = features.map(lambda tensor: tensor.bfloat16() if tensor.is_floating_point() else tensor)
+    assert loss_of(name, low).loss.item() == pytest.approx(loss_of(name, features).loss.item(), rel=0.03)
+    assert loss_of(name, low).loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_survives_a_round_trip(name: str) -> None:
+    module, config = base.load({"name": name})
+    first, second = module.build(config, DIMS), module.build(config, DIMS)
+    second.load_state_dict(first.state_dict())
+    features = encode(name, make_batch())[1]
+    assert torch.equal(first(features, torch.tensor(10.0)).loss, second(features, torch.tensor(10.0)).loss)
+
+
+def two_rank_gradients(rank: int, name: str, image: list[list[float]], text: list[list[float]]) -> list[list[float]]:
+    """This rank's half of the batch through gather and loss; gradients averaged over ranks, as the trainer does."""
+    world = torch.distributed.get_world_size()
+    rows = slice(rank * len(image) // world, (rank + 1) * len(image) // world)
+    ids = torch.arange(len(image)) // 2
+    weight = torch.eye(len(image[0]), requires_grad=True)
+    features = Features(
+        F.normalize(torch.tensor(image)[rows] @ weight, dim=1), F.normalize(torch.tensor(text)[rows], dim=1), ids[rows]
+    )
+    output = loss_of(name, gather_features(features))
+    output.loss.backward()
+    assert weight.grad is not None
+    torch.distributed.all_reduce(weight.grad)
+    return [[output.loss.item()], *(weight.grad / world).tolist()]
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if importlib.import_module(f"vlp.objectives.{n}").COUPLING == "global"]
+)
+def test_two_ranks_equal_one_process(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, text = torch.randn(8, 5, generator=generator), torch.randn(8, 5, generator=generator)
+    weight = torch.eye(5, requires_grad=True)
+    features = Features(F.normalize(image @ weight, dim=1), F.normalize(text, dim=1), torch.arange(8) // 2)
+    expected = loss_of(name, features)
+    expected.loss.backward()
+    assert weight.grad is not None
+    for result in run_ranks(two_rank_gradients, 2, (name, image.tolist(), text.tolist())):
+        assert result[0][0] == pytest.approx(expected.loss.item(), rel=1e-6)
+        torch.testing.assert_close(torch.tensor(result[1:]), weight.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_clip_by_hand() -> None:
+    """Two pairs, features on the axes, scale 2: logits are [[2, 0], [0, 2]].
+
+    Each row's loss is -log(e^2 / (e^2 + 1)) = log(1 + e^-2) = 0.126928; so is each column's, and their mean.
+    """
+    eye = torch.eye(2)
+    output = loss_of("clip", Features(eye, eye), scale=2.0)
+    assert output.loss.item() == pytest.approx(0.126928, abs=1e-6)
+
+
+def test_smoothing_by_hand() -> None:
+    """The same logits with smoothing 0.2: 0.8 * 0.126928 + 0.2 * (0.126928 + 2.126928) / 2 = 0.326928."""
+    eye = torch.eye(2)
+    assert loss_of("clip", Features(eye, eye), scale=2.0, smoothing=0.2).loss.item() == pytest.approx(
+        0.326928, abs=1e-6
+    )
+
+
+def test_masking_by_hand() -> None:
+    """Three pairs, the first two with equal captions: logits 0 everywhere (scale 0).
+
+    Rows 1 and 2 choose between 2 entries, row 3 between 3: (2 log 2 + log 3) / 3 = 0.828302.
+    """
+    ids = torch.tensor([7, 7, 9])
+    features = Features(torch.eye(3), torch.eye(3), ids)
+    assert loss_of("clip", features, scale=0.0).loss.item() == pytest.approx((2 * math.log(2) + math.log(3)) / 3)
+
+
+def slow_clip(
+    image: torch.Tensor, text: torch.Tensor, ids: torch.Tensor, scale: torch.Tensor, weight: float, smooth: float
+) -> torch.Tensor:
+    """Straight from the definition, entry by entry."""
+    total = torch.zeros(())
+    count = len(image)
+    for share, (queries, candidates) in ((weight, (image, text)), (1 - weight, (text, image))):
+        for i in range(count):
+            allowed = [j for j in range(count) if j == i or ids[i] != ids[j]]
+            logits = [scale * (queries[i] * candidates[j]).sum() for j in allowed]
+            log_z = torch.log(sum((torch.exp(z) for z in logits), torch.zeros(())))
+            own = log_z - logits[allowed.index(i)]
+            even = sum((log_z - z for z in logits), torch.zeros(())) / len(logits)
+            total = total + share * ((1 - smooth) * own + smooth * even) / count
+    return total
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize(("weight", "smooth"), [(0.5, 0.0), (0.75, 0.1), (0.0, 0.3)])
+def test_clip_equals_the_slow_definition_with_gradients(count: int, weight: float, smooth: float) -> None:
+    generator = torch.Generator().manual_seed(count)
+    raw = torch.randn(2, count, 5, generator=generator, dtype=torch.float64)
+    ids = torch.randint(0, max(1, count // 2), (count,), generator=generator)
+    grads = []
+    for way in ("fast", "slow"):
+        image, text = (F.normalize(raw[k].float(), dim=1).requires_grad_() for k in (0, 1))
+        scale = torch.tensor(4.0, requires_grad=True)
+        config = clip.Config(image_weight=weight, smoothing=smooth, mask_equal_captions=True)
+        if way == "fast":
+            loss = clip.clip_loss(Features(image, text, ids), scale, config)[0]
+        else:
+            loss = slow_clip(image, text, ids, scale, weight, smooth)
+        loss.backward()
+        assert image.grad is not None
+        assert text.grad is not None
+        assert scale.grad is not None
+        grads.append((loss.detach(), image.grad, text.grad, scale.grad))
+    for fast, slow in zip(*grads, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+
+
+def test_neutral_settings_are_open_clips_loss() -> None:
+    from open_clip.loss import ClipLoss
+
+    _, features = encode("clip", make_batch())
+    expected = ClipLoss()(features.image_BD, features.text_BD, torch.tensor(10.0))
+    assert features.caption_ids_B is None
+    torch.testing.assert_close(loss_of("clip", features).loss, expected, rtol=1e-6, atol=0)
+
+
+def test_fixed_temperature_ignores_the_learned_scale() -> None:
+    _, features = encode("clip", make_batch())
+    fixed = loss_of("clip", features, scale=55.0, fixed_temperature=0.1).loss
+    assert torch.equal(fixed, loss_of("clip", features, scale=10.0).loss)
+
+
+def test_missing_field_and_unknown_option_are_named() -> None:
+    batch = make_batch()
+    without = Batch(batch.keys, batch.pixels, batch.tokens)
+    with pytest.raises(MissingField, match=r"clip\.mask_equal_captions.*caption_ids"):
+        encode("clip", without, mask_equal_captions=True)
+    with pytest.raises(ConfigError, match=r"objective\.unknown key 'smoothness'.*smoothing"):
+        base.load({"name": "clip", "smoothness": 1})
+    with pytest.raises(ConfigError, match="'clop' is unknown; known: clip"):
+        base.load({"name": "clop"})
