@@ -122,7 +122,7 @@ class Loader:
             yield self.make_batch(step, pool)
             step += 1
 
-    def make_batch(self, step: int, pool: ThreadPoolExecutor) -> Batch:
+    def make_batch(self, step: int, pool: ThreadPoolExecutor | None = None) -> Batch:
         """This rank's part of global step `step`."""
         drawn = self.draw(step, pool)
         pixels = augment(

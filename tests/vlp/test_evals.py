@@ -33,9 +33,8 @@ def test_retrieval_counts_every_picture_of_a_caption(starter_shards: Path) -> No
 
 def test_a_model_that_ties_everything_scores_nothing(starter_shards: Path) -> None:
     bundle = micro_bundle()
-    for parameter in bundle.model.visual.parameters():  # type: ignore[union-attr, operator]
+    for parameter in bundle.model.get_submodule("visual").parameters():
         torch.nn.init.zeros_(parameter)
-    bundle.model.visual.proj.data.fill_(0)  # type: ignore[union-attr]
     metrics = evals.evaluate(bundle, "retrieval", starter_shards / "unseen_concepts")
     assert metrics["image_to_text/R@10"] == 0.0
 

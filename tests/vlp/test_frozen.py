@@ -71,7 +71,7 @@ def test_weights_of_another_shape_are_refused() -> None:
 def test_the_loaded_tower_knows_what_it_was_trained_on() -> None:
     """Every weight in its right place: drawings of two ImageNet classes come first, not two of 1,000 by chance."""
     import timm
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
     from data_pipelines.preprocess import ImageConfig, load_image, normalise
     from data_pipelines.sources import emoji
