@@ -17,6 +17,8 @@ from data_pipelines.config import StrictModel
 
 COLUMNS = 16
 """Uniform numbers per sample."""
+SOLID = 32.0
+"""Distance from the ground colour, in grey levels, from which on a pixel belongs wholly to the drawing."""
 
 
 class AugmentConfig(StrictModel):
@@ -32,12 +34,14 @@ class AugmentConfig(StrictModel):
     """Largest shift, as a share of the side."""
     shear: float = 0.0
     """Largest shear, degrees."""
+    aspect: float = 0.0
+    """Width over height changes by a factor from exp(-2 aspect) to exp(2 aspect), area kept."""
     brightness: float = 0.0
-    """Factor 1 +- this."""
+    """Largest offset, as a share of the grey scale."""
     contrast: float = 0.0
-    """Factor 1 +- this, around the picture's mean."""
+    """Factor around mid-grey, log-uniform from exp(-contrast) to exp(contrast)."""
     saturation: float = 0.0
-    """Factor 1 +- this, around the grey picture."""
+    """Factor around the grey picture, log-uniform from exp(-1.5 saturation) to exp(saturation)."""
     hue: float = 0.0
     """Largest rotation of the colours around the grey axis, as a share of a full turn."""
     grey: float = 0.0
@@ -50,7 +54,7 @@ class AugmentConfig(StrictModel):
     @property
     def geometric(self) -> bool:
         """Whether pixels move."""
-        return any((self.flip, self.rotate, self.scale, self.shift, self.shear))
+        return any((self.flip, self.rotate, self.scale, self.shift, self.shear, self.aspect))
 
     @property
     def colour(self) -> bool:
@@ -70,7 +74,7 @@ def augment(
     if config.geometric:
         picture = _affine(picture, config, draws[:, :7])
     if config.colour:
-        picture = config.ground - _colour(config.ground - picture, config, draws[:, 7:12])
+        picture = _colour(picture, config, draws[:, 7:12])
     if config.erase:
         picture = picture * _kept(draws[:, 12:16], config.erase, picture.shape[-2:])
     return (config.ground - picture).round_().clamp_(0, 255).to(torch.uint8)
@@ -82,30 +86,40 @@ def _affine(picture_BCHW: Tensor, config: AugmentConfig, draws: Tensor) -> Tenso
     zoom = torch.exp(-signed[:, 2] * config.scale)
     shear = torch.tan(signed[:, 3] * math.radians(config.shear))
     mirror = torch.where(draws[:, 0] < config.flip, -1.0, 1.0)
-    cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
+    stretch = torch.exp(signed[:, 6] * config.aspect)
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    across, down = mirror * zoom / stretch, zoom * stretch
     rows = (
-        torch.stack([mirror * cos, mirror * (shear * cos - sin), 2 * config.shift * signed[:, 4]], dim=1),
-        torch.stack([sin, shear * sin + cos, 2 * config.shift * signed[:, 5]], dim=1),
+        torch.stack([cos * across, cos * shear - sin * down, 2 * config.shift * signed[:, 4]], dim=1),
+        torch.stack([sin * across, sin * shear + cos * down, 2 * config.shift * signed[:, 5]], dim=1),
     )
     grid = F.affine_grid(torch.stack(rows, dim=1), list(picture_BCHW.shape), align_corners=False)
     return F.grid_sample(picture_BCHW, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def _colour(picture_BCHW: Tensor, config: AugmentConfig, draws: Tensor) -> Tensor:
-    def factor(column: int, strength: float) -> Tensor:
-        return (1 + strength * (draws[:, column] * 2 - 1)).view(-1, 1, 1, 1)
+def _colour(below_BCHW: Tensor, config: AugmentConfig, draws: Tensor) -> Tensor:
+    """Colours of the drawing change, the ground stays: what differs from it counts as drawing.
 
-    mean = picture_BCHW.mean(dim=(1, 2, 3), keepdim=True)
-    picture_BCHW = mean + (picture_BCHW - mean) * factor(0, config.contrast)
-    picture_BCHW = picture_BCHW * factor(1, config.brightness)
-    luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-    grey = (picture_BCHW * luma).sum(dim=1, keepdim=True)
-    strength = torch.where((draws[:, 4] < config.grey).view(-1, 1, 1, 1), 0.0, factor(2, config.saturation))
-    picture_BCHW = grey + (picture_BCHW - grey) * strength
-    if config.hue:
-        turn = (draws[:, 3] * 2 - 1) * (2 * math.pi * config.hue)
-        picture_BCHW = torch.einsum("bij,bjhw->bihw", _hue_matrix(turn), picture_BCHW)
-    return picture_BCHW
+    In and out: distance from the ground colour.
+    """
+    signed = draws * 2 - 1
+    cover = (below_BCHW.abs().amax(dim=1, keepdim=True) / SOLID).clamp_(max=1)
+    contrast = torch.exp(signed[:, 0] * config.contrast)
+    offset = 255 * (0.5 * (1 - contrast) + signed[:, 1] * config.brightness)
+    saturation = torch.exp(draws[:, 2] * 2.5 * config.saturation - 1.5 * config.saturation)
+    saturation = torch.where(draws[:, 4] < config.grey, 0.0, saturation)
+    mix = _hue_matrix(signed[:, 3] * (2 * math.pi * config.hue)) @ _saturation_matrix(saturation)
+    mix = mix * contrast.view(-1, 1, 1)
+    drawing = cover * config.ground - below_BCHW
+    drawing = torch.einsum("bij,bjhw->bihw", mix, drawing) + cover * offset.view(-1, 1, 1, 1)
+    return cover * config.ground - drawing.minimum(cover * 255).clamp_(min=0)
+
+
+def _saturation_matrix(factor_B: Tensor) -> Tensor:
+    """Moves colours towards (0) or away from (above 1) their luma."""
+    luma = torch.tensor([0.299, 0.587, 0.114]).expand(3, 3)
+    factor = factor_B.view(-1, 1, 1)
+    return factor * torch.eye(3) + (1 - factor) * luma
 
 
 def _hue_matrix(turn_B: Tensor) -> Tensor:

@@ -26,8 +26,10 @@ class Batch:
     """Further augmented views, each BCHW uint8."""
     extra_tokens: tuple[Tensor, ...] | None = None
     """Further captions of the same samples, each BL int64."""
-    caption_ids: Tensor | None = None
-    """B int64: equal numbers mean equal captions (or the same concept): no negatives of each other."""
+    phrase_ids: Tensor | None = None
+    """BP int64: numbers of all captions and labels of a sample, its own caption first, padded with -1."""
+    text_phrase_ids: Tensor | None = None
+    """BQ int64: numbers of the phrases that make up its text, padded with -1."""
     label_ids: Tensor | None = None
     """B int64 class index, -1 = unknown."""
     multi_labels: Tensor | None = None

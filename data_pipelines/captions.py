@@ -4,6 +4,8 @@ The draw is arithmetic on random numbers handed in, so that it does not depend o
 """
 
 import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,23 +38,37 @@ class CaptionConfig(StrictModel):
         return self
 
 
-def choose_caption(
+def choose_phrases(
     captions: tuple[str, ...], labels: tuple[str, ...], config: CaptionConfig, draws: NDArray[np.float64]
-) -> str:
-    """One text for a training step. `draws`: DRAWS numbers in [0, 1)."""
-    text = captions[0]
+) -> tuple[str, ...]:
+    """The phrases that make up one training text. `draws`: DRAWS numbers in [0, 1)."""
     kind = draws[0]
     if kind < config.alternative:
-        text = captions[int(draws[1] * len(captions))]
-    elif labels and kind < config.alternative + config.labels + config.with_labels:
-        count = 1 + int(draws[1] * min(config.max_labels, len(labels)))
-        order = np.random.default_rng(int(draws[2] * 2**53)).permutation(len(labels))[:count]
-        words = ", ".join(labels[i] for i in order)
-        text = words if kind < config.alternative + config.labels else f"{text}, {words}"
-    return config.prompt.format(text)
+        return (captions[int(draws[1] * len(captions))],)
+    if not labels or kind >= config.alternative + config.labels + config.with_labels:
+        return captions[:1]
+    count = 1 + int(draws[1] * min(config.max_labels, len(labels)))
+    order = np.random.default_rng(int(draws[2] * 2**53)).permutation(len(labels))[:count]
+    chosen = tuple(labels[i] for i in order)
+    return chosen if kind < config.alternative + config.labels else (captions[0], *chosen)
 
 
-def caption_id(captions: tuple[str, ...]) -> int:
-    """Number of a sample's own caption, equal for equal texts: such samples are no negatives of each other."""
-    digest = hashlib.blake2b(captions[0].strip().lower().encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True)
+def compose(phrases: tuple[str, ...], config: CaptionConfig) -> str:
+    """The training text of some phrases."""
+    return config.prompt.replace("{}", ", ".join(phrases))
+
+
+@lru_cache(maxsize=1 << 16)
+def phrase_id(phrase: str) -> int:
+    """Positive number of a phrase, equal for equal texts whatever their case and margins."""
+    digest = hashlib.blake2b(phrase.strip().lower().encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def pad_ids(rows: Sequence[Sequence[str]], width: int) -> NDArray[np.int64]:
+    """Phrase numbers, one row each, cut or padded with -1 to `width`."""
+    table = np.full((len(rows), width), -1, dtype=np.int64)
+    for row, phrases in zip(table, rows, strict=True):
+        numbers = [phrase_id(phrase) for phrase in phrases[:width]]
+        row[: len(numbers)] = numbers
+    return table

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_pipelines.augment import AugmentConfig, augment
 from data_pipelines.batch import Batch
-from data_pipelines.captions import DRAWS, CaptionConfig, caption_id, choose_caption
+from data_pipelines.captions import DRAWS, CaptionConfig, choose_phrases, compose, pad_ids
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import BadSample, ConfigError, PipelineError
 from data_pipelines.files import sha256_file
@@ -26,6 +26,8 @@ from data_pipelines.tokens import Tokenizer
 
 CAPTIONS, PICTURES, VIEWS = 11, 12, 13
 """Purposes of the random numbers of a step."""
+KNOWN = 48
+"""Captions and labels of a sample that the false-negative mask knows; further ones are left out."""
 
 
 class DataConfig(StrictModel):
@@ -74,7 +76,10 @@ class Drawn:
     """Positions of this rank's usable samples in `ids`; they select the samples' random numbers."""
     samples: list[Decoded]
     texts: list[str]
-    caption_ids: Tensor
+    known: Tensor
+    """B x KNOWN numbers of all phrases of a sample."""
+    chosen: Tensor
+    """B x (max_labels + 1) numbers of the phrases in its text."""
 
 
 class Loader:
@@ -136,7 +141,8 @@ class Loader:
             keys=tuple(sample.key for sample in drawn.samples),
             pixels=pixels,
             tokens=self.tokenizer(drawn.texts),
-            caption_ids=drawn.caption_ids,
+            phrase_ids=drawn.known,
+            text_phrase_ids=drawn.chosen,
         )
 
     def draw(self, step: int, pool: ThreadPoolExecutor | None = None) -> Drawn:
@@ -156,10 +162,16 @@ class Loader:
         if not samples:
             raise PipelineError(f"no sample of step {step} could be used: {dict(self.ledger.quarantined)}")
         draws = self.plan.generator(step, CAPTIONS).random((len(ids), DRAWS))[rows]
-        texts = [
-            choose_caption(s.captions, s.labels, self.config.captions, d) for s, d in zip(samples, draws, strict=True)
-        ]
-        return Drawn(ids, rows, samples, texts, torch.tensor([caption_id(sample.captions) for sample in samples]))
+        captions = self.config.captions
+        chosen = [choose_phrases(s.captions, s.labels, captions, d) for s, d in zip(samples, draws, strict=True)]
+        return Drawn(
+            ids=ids,
+            rows=rows,
+            samples=samples,
+            texts=[compose(phrases, captions) for phrases in chosen],
+            known=torch.from_numpy(pad_ids([(*sample.captions, *sample.labels) for sample in samples], KNOWN)),
+            chosen=torch.from_numpy(pad_ids(chosen, captions.max_labels + 1)),
+        )
 
     def fetch(self, sample_id: int) -> Decoded | BadSample:
         """One decoded sample, from the cache if it is there; the error instead if it cannot be used."""

@@ -124,7 +124,8 @@ class FeatureLoader:
             keys=tuple(item.key for _, item in kept),
             pixels=torch.empty(len(kept), 0, dtype=torch.uint8),
             tokens=torch.empty(len(kept), 0, dtype=torch.int64),
-            caption_ids=drawn.caption_ids,
+            phrase_ids=drawn.known,
+            text_phrase_ids=drawn.chosen,
             image_features=torch.stack(chosen).clone(),
             text_features=self._embed(drawn.texts).clone(),
         )

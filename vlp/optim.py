@@ -16,7 +16,7 @@ class OptimConfig(StrictModel):
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.1
-    """On matrices and convolutions; never on biases, norms, scales and embeddings' position tables."""
+    """On matrices and convolutions; never on biases, norms, scales and embedding tables."""
     warmup: int = 50
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -30,11 +30,12 @@ class OptimConfig(StrictModel):
 
 
 def build_optimizer(model: nn.Module, objective: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW over everything trainable of model and objective, decay on weights of two or more dimensions only."""
-    parameters = [p for module in (model, objective) for p in module.parameters() if p.requires_grad]
+    """Fused AdamW over everything trainable of model and objective; decay on matrices and convolutions only."""
+    named = [(n, p) for module in (model, objective) for n, p in module.named_parameters() if p.requires_grad]
+    decays = [p.ndim >= 2 and "embedding" not in name for name, p in named]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for (_, p), yes in zip(named, decays, strict=True) if yes], "weight_decay": config.weight_decay},
+        {"params": [p for (_, p), yes in zip(named, decays, strict=True) if not yes], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 

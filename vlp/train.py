@@ -26,6 +26,7 @@ from vlp.bundle import VOCABULARY, Bundle, Provenance, pick_device, save_bundle
 from vlp.checkpoint import load_latest, save_checkpoint
 from vlp.frozen import FeatureLoader, FrozenHeads, trunks_frozen
 from vlp.models import build_model, hf_folder, resolve_config, trunk_of
+from vlp.models.text import TrimmedText
 from vlp.objectives import base as objectives
 from vlp.optim import Ema, build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from vlp.recipe import Recipe, dump
@@ -59,7 +60,7 @@ class Run:
     ema: Ema | None
     loader: Loader | FeatureLoader
     encoder: Any
-    """What the objective encodes with: the model, or its heads alone where both trunks are frozen."""
+    """What the objective encodes with: the model with trimmed text, or its heads where both trunks are frozen."""
     device: torch.device
     total: int
     """Steps of the whole run."""
@@ -117,7 +118,7 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
         optimizer=build_optimizer(model, objective, recipe.optim),
         ema=Ema(model, recipe.optim.ema) if recipe.optim.ema else None,
         loader=FeatureLoader(loader, model, device) if frozen else loader,
-        encoder=FrozenHeads(model) if frozen else model,
+        encoder=FrozenHeads(model) if frozen else TrimmedText(model),
         device=device,
         total=total,
     )

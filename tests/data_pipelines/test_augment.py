@@ -7,8 +7,8 @@ import torch
 from data_pipelines.augment import AugmentConfig, augment
 
 STRONG = AugmentConfig(
-    flip=0.5, rotate=20, scale=0.3, shift=0.1, shear=10, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1,
-    grey=0.2, erase=0.5,
+    flip=0.5, rotate=20, scale=0.3, shift=0.1, shear=10, aspect=0.1, brightness=0.3, contrast=0.3, saturation=0.3,
+    hue=0.1, grey=0.2, erase=0.5,
 )  # fmt: skip
 
 
@@ -77,3 +77,14 @@ def test_erasing_paints_a_rectangle() -> None:
     share = (run(batch, AugmentConfig(erase=1.0)) == 255).float().mean(dim=(1, 2, 3))
     assert share.min() > 0.004
     assert share.max() < 0.14
+
+
+def test_colours_of_the_drawing_change_and_its_ground_stays() -> None:
+    batch = torch.full((16, 3, 20, 20), 255, dtype=torch.uint8)
+    batch[:, 0, 5:15, 5:15] = 90
+    batch[:, 1:, 5:15, 5:15] = 30
+    out = run(batch, AugmentConfig(brightness=0.2, contrast=0.3, saturation=0.5, hue=0.1))
+    ground = torch.ones(20, 20, dtype=torch.bool)
+    ground[5:15, 5:15] = False
+    assert (out[:, :, ground] == 255).all()
+    assert (out[:, :, ~ground] != batch[:, :, ~ground]).float().mean() > 0.8

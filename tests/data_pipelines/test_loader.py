@@ -12,7 +12,7 @@ import torch
 
 from data_pipelines.augment import AugmentConfig
 from data_pipelines.batch import Batch
-from data_pipelines.captions import CaptionConfig, caption_id, choose_caption
+from data_pipelines.captions import CaptionConfig, choose_phrases, compose, pad_ids, phrase_id
 from data_pipelines.errors import ConfigError, MissingField, PipelineError
 from data_pipelines.loader import DataConfig, Loader
 from data_pipelines.preprocess import ImageConfig, load_image
@@ -36,13 +36,12 @@ def config(folder: Path, **changes: object) -> DataConfig:
 
 
 def same(left: Batch, right: Batch) -> bool:
-    assert left.caption_ids is not None
-    assert right.caption_ids is not None
     return (
         left.keys == right.keys
         and torch.equal(left.pixels, right.pixels)
         and torch.equal(left.tokens, right.tokens)
-        and torch.equal(left.caption_ids, right.caption_ids)
+        and torch.equal(left.require("phrase_ids", "test"), right.require("phrase_ids", "test"))
+        and torch.equal(left.require("text_phrase_ids", "test"), right.require("text_phrase_ids", "test"))
     )
 
 
@@ -144,7 +143,7 @@ def test_caption_shares_are_what_the_config_says() -> None:
     captions, labels = ("own", "other"), ("a", "b", "c")
     settings = CaptionConfig(alternative=0.2, labels=0.3, with_labels=0.1, max_labels=2, prompt="a {}")
     numbers = np.random.default_rng(0).random((4000, 3))
-    texts = [choose_caption(captions, labels, settings, row) for row in numbers]
+    texts = [compose(choose_phrases(captions, labels, settings, row), settings) for row in numbers]
     assert all(text.startswith("a ") for text in texts)
     own = sum(text == "a own" for text in texts) / len(texts)
     assert abs(own - (0.4 + 0.1)) < 0.03, "0.4 left over, and half of the alternatives are the own caption"
@@ -157,9 +156,12 @@ def test_too_large_caption_shares_are_refused() -> None:
         CaptionConfig(labels=0.8, alternative=0.3)
 
 
-def test_caption_ids_ignore_case_and_margins_only() -> None:
-    assert caption_id(("Red apple ", "x")) == caption_id(("red apple",))
-    assert caption_id(("red apple",)) != caption_id(("red apples",))
+def test_phrase_numbers_ignore_case_and_margins_only() -> None:
+    assert phrase_id("Red apple ") == phrase_id("red apple")
+    assert phrase_id("red apple") != phrase_id("red apples")
+    table = pad_ids([("a", "b", "c"), ("a",), ()], 2)
+    assert table.tolist() == [[phrase_id("a"), phrase_id("b")], [phrase_id("a"), -1], [-1, -1]]
+    assert (table >= -1).all()
 
 
 def test_batch_names_who_needs_a_missing_field(starter_shards: Path, tokenizer: Tokenizer) -> None:

@@ -26,7 +26,7 @@ def micro_settings(shards: Path, **run: Any) -> dict[str, Any]:
         },
         "tokenizer": {"kind": "learn", "vocab_size": 512, "context_length": 12},
         "model": MICRO_MODEL,
-        "objective": {"name": "clip", "mask_equal_captions": True},
+        "objective": {"name": "clip", "mask": "labels"},
         "optim": {"lr": 3e-3, "warmup": 3, "ema": 0.9},
         "run": {"steps": 12, "precision": "fp32", "log_every": 1, "save_every": 5, "threads": 1, **run},
     }  # fmt: skip

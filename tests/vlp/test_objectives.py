@@ -28,7 +28,8 @@ def make_batch(count: int = 6, seed: int = 0) -> Batch:
         keys=tuple(map(str, range(count))),
         pixels=torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8),
         tokens=torch.randint(1, 96, (count, 12), generator=generator),
-        caption_ids=torch.arange(count) // 2,
+        phrase_ids=torch.stack([torch.arange(count) // 2, torch.arange(count) + 100], dim=1),
+        text_phrase_ids=torch.arange(count)[:, None] + 100,
         label_ids=torch.arange(count) % 3,
     )
 
@@ -102,7 +103,7 @@ def two_rank_gradients(rank: int, name: str, image: list[list[float]], text: lis
     """This rank's half of the batch through gather and loss; gradients averaged over ranks, as the trainer does."""
     world = torch.distributed.get_world_size()
     rows = slice(rank * len(image) // world, (rank + 1) * len(image) // world)
-    ids = torch.arange(len(image)) // 2
+    ids = (torch.arange(len(image)) // 2)[:, None]
     weight = torch.eye(len(image[0]), requires_grad=True)
     features = Features(
         F.normalize(torch.tensor(image)[rows] @ weight, dim=1), F.normalize(torch.tensor(text)[rows], dim=1), ids[rows]
@@ -121,7 +122,7 @@ def test_two_ranks_equal_one_process(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     image, text = torch.randn(8, 5, generator=generator), torch.randn(8, 5, generator=generator)
     weight = torch.eye(5, requires_grad=True)
-    features = Features(F.normalize(image @ weight, dim=1), F.normalize(text, dim=1), torch.arange(8) // 2)
+    features = Features(F.normalize(image @ weight, dim=1), F.normalize(text, dim=1), (torch.arange(8) // 2)[:, None])
     expected = loss_of(name, features)
     expected.loss.backward()
     assert weight.grad is not None
@@ -153,7 +154,7 @@ def test_masking_by_hand() -> None:
 
     Rows 1 and 2 choose between 2 entries, row 3 between 3: (2 log 2 + log 3) / 3 = 0.828302.
     """
-    ids = torch.tensor([7, 7, 9])
+    ids = torch.tensor([[7], [7], [9]])
     features = Features(torch.eye(3), torch.eye(3), ids)
     assert loss_of("clip", features, scale=0.0).loss.item() == pytest.approx((2 * math.log(2) + math.log(3)) / 3)
 
@@ -185,9 +186,9 @@ def test_clip_equals_the_slow_definition_with_gradients(count: int, weight: floa
     for way in ("fast", "slow"):
         image, text = (F.normalize(raw[k].float(), dim=1).requires_grad_() for k in (0, 1))
         scale = torch.tensor(4.0, requires_grad=True)
-        config = clip.Config(image_weight=weight, smoothing=smooth, mask_equal_captions=True)
+        config = clip.Config(image_weight=weight, smoothing=smooth, mask="captions")
         if way == "fast":
-            loss = clip.clip_loss(Features(image, text, ids), scale, config)[0]
+            loss = clip.clip_loss(Features(image, text, ids[:, None]), scale, config)[0]
         else:
             loss = slow_clip(image, text, ids, scale, weight, smooth)
         loss.backward()
@@ -204,8 +205,21 @@ def test_neutral_settings_are_open_clips_loss() -> None:
 
     _, features = encode("clip", make_batch())
     expected = ClipLoss()(features.image_BD, features.text_BD, torch.tensor(10.0))
-    assert features.caption_ids_B is None
+    assert features.phrase_ids_BP is None
     torch.testing.assert_close(loss_of("clip", features).loss, expected, rtol=1e-6, atol=0)
+
+
+def test_a_text_of_labels_is_true_of_every_picture_that_carries_them() -> None:
+    """Picture 0 is (1: apple, 2: fruit, 3: red), picture 1 (4: car, 3: red), picture 2 (5: pear, 2: fruit).
+
+    The texts are 0: "fruit, red", 1: "red", 2: "pear": true of picture 0; of 0 and 1; of 2.
+    """
+    known = torch.tensor([[1, 2, 3], [4, 3, -1], [5, 2, -1]])
+    chosen = torch.tensor([[2, 3], [3, -1], [5, -1]])
+    expected = [[True, True, False], [False, True, False], [False, False, True]]
+    assert base.true_texts(known, chosen).tolist() == expected
+    logits = base.mask_pairs(torch.zeros(3, 3), base.true_texts(known, chosen))
+    assert torch.isinf(logits).nonzero().tolist() == [[0, 1]]
 
 
 def test_fixed_temperature_ignores_the_learned_scale() -> None:
@@ -217,8 +231,8 @@ def test_fixed_temperature_ignores_the_learned_scale() -> None:
 def test_missing_field_and_unknown_option_are_named() -> None:
     batch = make_batch()
     without = Batch(batch.keys, batch.pixels, batch.tokens)
-    with pytest.raises(MissingField, match=r"clip\.mask_equal_captions.*caption_ids"):
-        encode("clip", without, mask_equal_captions=True)
+    with pytest.raises(MissingField, match="clip with mask=labels.*phrase_ids"):
+        encode("clip", without, mask="labels")
     with pytest.raises(ConfigError, match=r"objective\.unknown key 'smoothness'.*smoothing"):
         base.load({"name": "clip", "smoothness": 1})
     with pytest.raises(ConfigError, match="'clop' is unknown; known: clip"):

@@ -39,8 +39,10 @@ class Features:
 
     image_BD: Tensor
     text_BD: Tensor
-    caption_ids_B: Tensor | None = None
-    extra: Tensor | None = None
+    phrase_ids_BP: Tensor | None = None
+    """Numbers of all captions and labels of a sample, its own caption first, padded with -1."""
+    text_phrase_ids_BQ: Tensor | None = None
+    """Numbers of the phrases in its text, padded with -1."""
 
     def map(self, move: Any) -> "Features":
         """The same features with `move` applied to every tensor."""
@@ -103,11 +105,22 @@ def gathered_logits(features: Features, logit_scale: Tensor) -> Tensor:
     return logit_scale.float() * (features.image_BD.float() @ features.text_BD.float().T)
 
 
-def mask_equal(logits_BB: Tensor, ids_B: Tensor) -> Tensor:
-    """-inf off the diagonal wherever two samples carry the same id: equal captions are no negatives of each other."""
-    same = ids_B[:, None] == ids_B[None, :]
-    same.fill_diagonal_(False)
-    return logits_BB.masked_fill(same, float("-inf"))
+def equal_captions(phrase_ids_BP: Tensor) -> Tensor:
+    """BB bool: pairs of samples with equal own captions."""
+    own_B = phrase_ids_BP[:, 0]
+    return own_B[:, None] == own_B[None, :]
+
+
+def true_texts(phrase_ids_BP: Tensor, text_phrase_ids_BQ: Tensor) -> Tensor:
+    """BB bool: text j says nothing but captions and labels of picture i, so it is true of that picture as well."""
+    known_BBQ = (phrase_ids_BP[:, None, None, :] == text_phrase_ids_BQ[None, :, :, None]).any(dim=3)
+    return (known_BBQ | (text_phrase_ids_BQ < 0)[None]).all(dim=2)
+
+
+def mask_pairs(logits_BB: Tensor, pairs_BB: Tensor) -> Tensor:
+    """-inf at the given pairs, which are then no negatives of each other; the diagonal stays."""
+    others = ~torch.eye(len(logits_BB), dtype=torch.bool, device=logits_BB.device)
+    return logits_BB.masked_fill(pairs_BB & others, float("-inf"))
 
 
 def info_nce(logits_BB: Tensor, image_weight: float = 0.5, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:

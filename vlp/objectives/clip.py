@@ -1,8 +1,10 @@
 """CLIP: symmetric image-text cross-entropy over the global batch (Radford et al. 2021, arXiv 2103.00020, figure 3).
 
 With `image_weight` 0.75 and `fixed_temperature` 0.1 it is ConVIRT (Zhang et al. 2020, arXiv 2010.00747, equation 4).
-Neutral setting, plain CLIP bit for bit: mask_equal_captions=false, image_weight=0.5, smoothing=0, no fixed temperature.
+Neutral setting, plain CLIP bit for bit: mask=none, image_weight=0.5, smoothing=0, no fixed temperature.
 """
+
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -14,9 +16,11 @@ from vlp.objectives.base import (
     Encoder,
     Features,
     LossOutput,
+    equal_captions,
     gathered_logits,
     info_nce,
-    mask_equal,
+    mask_pairs,
+    true_texts,
 )
 
 NEEDS: tuple[str, ...] = ("pixels", "tokens")
@@ -26,8 +30,9 @@ COUPLING: Coupling = "global"
 class Config(StrictModel):
     """Options of the loss; the defaults are plain CLIP."""
 
-    mask_equal_captions: bool = False
-    """Samples with equal own captions are not negatives of each other; needs the batch field `caption_ids`."""
+    mask: Literal["none", "captions", "labels"] = "none"
+    """Which pairs are not used as negatives. captions: equal own captions. labels: also texts made of nothing but
+    labels and captions that the picture carries too. Needs the batch fields `phrase_ids` and `text_phrase_ids`."""
     image_weight: float = 0.5
     """Weight of image-to-text; text-to-image gets the rest."""
     smoothing: float = 0.0
@@ -41,8 +46,11 @@ def clip_loss(features: Features, logit_scale: Tensor, config: Config) -> tuple[
     if config.fixed_temperature is not None:
         logit_scale = logit_scale.new_tensor(1.0 / config.fixed_temperature)
     logits_BB = gathered_logits(features, logit_scale)
-    if features.caption_ids_B is not None:
-        logits_BB = mask_equal(logits_BB, features.caption_ids_B)
+    if features.phrase_ids_BP is not None:
+        pairs = equal_captions(features.phrase_ids_BP)
+        if features.text_phrase_ids_BQ is not None:
+            pairs = pairs | true_texts(features.phrase_ids_BP, features.text_phrase_ids_BQ)
+        logits_BB = mask_pairs(logits_BB, pairs)
     return info_nce(logits_BB, config.image_weight, config.smoothing)
 
 
@@ -55,11 +63,12 @@ class Clip(nn.Module):
 
     def encode(self, model: Encoder, pixels_BCHW: Tensor, batch: Batch) -> Features:
         """Both towers once."""
-        ids = batch.require("caption_ids", by="clip.mask_equal_captions") if self.config.mask_equal_captions else None
+        mask, by = self.config.mask, f"clip with mask={self.config.mask}"
         return Features(
             image_BD=model.encode_image(pixels_BCHW, normalize=True),
             text_BD=model.encode_text(batch.text_input, normalize=True),
-            caption_ids_B=ids,
+            phrase_ids_BP=None if mask == "none" else batch.require("phrase_ids", by),
+            text_phrase_ids_BQ=batch.require("text_phrase_ids", by) if mask == "labels" else None,
         )
 
     def forward(self, features: Features, logit_scale: Tensor) -> LossOutput:
