@@ -63,14 +63,25 @@ class AugmentConfig(StrictModel):
 
 
 def augment(
-    pixels_BCHW: Tensor, config: AugmentConfig, generator: np.random.Generator, total: int, rows: Sequence[int]
+    pixels_BCHW: Tensor,
+    config: AugmentConfig,
+    generator: np.random.Generator,
+    total: int,
+    rows: Sequence[int],
+    side: int | None = None,
 ) -> Tensor:
-    """uint8 BCHW in, uint8 BCHW out. `rows` are the samples' positions among the `total` of the global batch."""
-    if not (config.geometric or config.colour or config.erase):
+    """uint8 BCHW in, uint8 BCHW out. `rows` are the samples' positions among the `total` of the global batch.
+
+    `side`: smaller height and width of the result; taken first, so that small pictures cost little.
+    """
+    side = side or pixels_BCHW.shape[-1]
+    if not (config.geometric or config.colour or config.erase) and side == pixels_BCHW.shape[-1]:
         return pixels_BCHW
     draws = torch.from_numpy(generator.random((total, COLUMNS), dtype=np.float32)[list(rows)])
     # distance from the ground colour: whatever lies outside the picture is then zero
     picture = config.ground - pixels_BCHW.float()
+    if side < picture.shape[-1]:
+        picture = F.interpolate(picture, (side, side), mode="bilinear", antialias=True)
     if config.geometric:
         picture = _affine(picture, config, draws[:, :7])
     if config.colour:

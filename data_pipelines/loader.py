@@ -92,6 +92,8 @@ class Loader:
         self.plan = Plan(self.shards.sizes, config.batch_size, seed, window=config.window)
         self.ledger = Ledger(config.max_bad_share)
         self.step = 0
+        self.side_at: Callable[[int], int] = lambda _: config.image.size
+        """Side of the training pictures at a step; a trainer that grows them sets it before the first batch."""
         self._cache: dict[int, Decoded] = {}
         self._cached_bytes = 0
 
@@ -136,6 +138,7 @@ class Loader:
             self.plan.generator(step, PICTURES),
             total=len(drawn.ids),
             rows=drawn.rows,
+            side=self.side_at(step),
         )
         return Batch(
             keys=tuple(sample.key for sample in drawn.samples),

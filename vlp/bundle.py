@@ -23,9 +23,11 @@ from data_pipelines.errors import BundleError
 from data_pipelines.files import fsync_dir, sha256_file
 from data_pipelines.preprocess import ImageConfig
 from data_pipelines.tokens import Tokenizer, TokenizerConfig, clip_tokenizer
-from vlp.models import ModelDict, hf_folder, instantiate
+from vlp.models import ModelDict, hf_folder, instantiate, write_timm_config
 
 FORMAT = 1
+IMAGE_TOWER, TEXT_TOWER = "image_tower", "text_tower"
+"""Sub-folders with the config.json of towers that open_clip builds through timm or transformers."""
 INFO, CONFIG, WEIGHTS, VOCABULARY = (
     "bundle.json",
     "open_clip_config.json",
@@ -113,10 +115,16 @@ def write_open_clip(bundle: Bundle, folder: Path, final: Path) -> None:
     model_cfg = json.loads(json.dumps(bundle.model_cfg))
     text_cfg = model_cfg["text_cfg"]
     text_cfg["context_length"] = bundle.tokenizer.config.context_length
+    # open_clip looks towers up from anywhere, so their folders have to be named in full
     if "hf_model_name" in text_cfg:
-        config_source = hf_config_folder(text_cfg["hf_model_name"])
-        shutil.copyfile(config_source / "config.json", folder / "config.json")
-        text_cfg["hf_model_name"] = str(final)  # open_clip resolves it from anywhere, so it has to be absolute
+        (folder / TEXT_TOWER).mkdir()
+        shutil.copyfile(hf_folder(text_cfg["hf_model_name"]) / "config.json", folder / TEXT_TOWER / "config.json")
+        text_cfg["hf_model_name"] = str(final / TEXT_TOWER)
+    vision_cfg = model_cfg["vision_cfg"]
+    if "timm_model_args" in vision_cfg:
+        (folder / IMAGE_TOWER).mkdir()
+        write_timm_config(folder / IMAGE_TOWER, vision_cfg["timm_model_name"], vision_cfg.pop("timm_model_args"))
+        vision_cfg["timm_model_name"] = f"local-dir:{final / IMAGE_TOWER}"
     text_cfg["hf_tokenizer_name"] = (
         "."  # any name: with local-dir: open_clip reads the tokenizer from the folder itself
     )
@@ -127,11 +135,6 @@ def write_open_clip(bundle: Bundle, folder: Path, final: Path) -> None:
     weights = {key: value.detach().cpu().contiguous() for key, value in bundle.model.state_dict().items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / WEIGHTS).chmod(0o644)  # safetensors makes it 0600, and another user may be the one who serves it
-
-
-def hf_config_folder(name: str) -> Path:
-    """Folder whose config.json describes the Hugging Face text tower `name`."""
-    return hf_folder(name)
 
 
 def open_clip_preprocess(image: ImageConfig) -> dict[str, Any]:
@@ -183,8 +186,8 @@ def load_bundle(path: Path | str, device: torch.device | str = "cpu") -> Bundle:
         raise BundleError(f"{folder / CONFIG}: key 'model_cfg' is missing")
     info = _read_info(folder)
     tokenizer = _load_tokenizer(folder, config, info)
-    has_hf_text = "hf_model_name" in config["model_cfg"].get("text_cfg", {})
-    model = instantiate(config["model_cfg"], folder if has_hf_text else None)
+    _find_towers(config["model_cfg"], folder)
+    model = instantiate(config["model_cfg"])
     _load_weights(model, folder, info)
     model.to(device).eval()
     return Bundle(
@@ -195,6 +198,16 @@ def load_bundle(path: Path | str, device: torch.device | str = "cpu") -> Bundle:
         tokenizer=tokenizer,
         provenance=info.provenance if info else Provenance(),
     )
+
+
+def _find_towers(model_cfg: ModelDict, folder: Path) -> None:
+    """Point the towers at this folder, wherever it was when it was written."""
+    if (folder / TEXT_TOWER).is_dir():
+        model_cfg["text_cfg"]["hf_model_name"] = str(folder / TEXT_TOWER)
+    if (folder / IMAGE_TOWER).is_dir():
+        tower = _read_json(folder / IMAGE_TOWER / "config.json")
+        model_cfg["vision_cfg"]["timm_model_name"] = tower["architecture"]
+        model_cfg["vision_cfg"]["timm_model_args"] = tower["model_args"]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipelines.batch import Batch
@@ -108,6 +107,7 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
     loader = make_loader(recipe.data, tokenizer, recipe.run.seed, rank, world)
     frozen = trunks_frozen(model)
     total = recipe.run.steps or max(1, round((recipe.run.epochs or 0) * loader.plan.steps))
+    loader.side_at = lambda step: picture_side(recipe, step / total)
     return Run(
         recipe=recipe,
         folder=folder,
@@ -158,9 +158,6 @@ def compute_loss(run: Run, batch: Batch) -> objectives.LossOutput:
         pixels = batch.image_features
     else:
         pixels = normalise(batch.pixels, run.recipe.data.image)
-        side = picture_side(run.recipe, run.step / run.total)
-        if side != pixels.shape[-1]:
-            pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
         if run.recipe.run.channels_last:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
     amp = run.recipe.run.precision == "amp_bf16"

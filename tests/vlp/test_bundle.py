@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_pipelines.errors import BundleError, ConfigError
-from data_pipelines.preprocess import load_image
+from data_pipelines.preprocess import ImageConfig, load_image, normalise
 from data_pipelines.testing import draw
 from vlp.bundle import CONFIG, INFO, VOCABULARY, WEIGHTS, Bundle, load_bundle, save_bundle
 from vlp.export import export_open_clip
@@ -57,6 +57,25 @@ def test_open_clip_loads_the_export_with_equal_features(tmp_path: Path) -> None:
             model.encode_text(tokenizer(texts), normalize=True), encode_texts(bundle, texts), rtol=1e-5, atol=1e-5
         )
     assert tuple(preprocess.transforms[-1].mean) == bundle.image.mean
+
+
+def test_a_timm_tower_with_our_arguments_survives_export_and_moving(tmp_path: Path) -> None:
+    tokenizer = micro_bundle().tokenizer
+    torch.manual_seed(0)
+    model, config = build_model(ModelConfig(name="starter-small"), 64, 12, tokenizer.vocab_size)
+    bundle = Bundle("small", model.eval(), config, ImageConfig(size=64, resize="longest"), tokenizer)
+    folder = export_open_clip(bundle, tmp_path / "export")
+    theirs = open_clip.create_model(f"local-dir:{folder}").eval()
+    pixels = torch.stack([load_image(data, bundle.image) for data in PICTURES])
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            theirs.encode_image(normalise(pixels, bundle.image), normalize=True), encode_images(bundle, PICTURES)
+        )
+    saved = save_bundle(bundle, tmp_path / "bundle")
+    moved = saved.rename(tmp_path / "elsewhere")
+    assert same_features(load_bundle(moved), bundle)
+    again = save_bundle(load_bundle(moved), tmp_path / "again")
+    assert same_features(load_bundle(again), bundle)
 
 
 def test_an_exported_folder_is_a_bundle_too(tmp_path: Path) -> None:

@@ -7,14 +7,20 @@ import torch
 
 from data_pipelines.batch import Batch
 from data_pipelines.errors import ConfigError
+from data_pipelines.preprocess import normalise
 from vlp.bundle import Bundle, load_bundle
+from vlp.export import export_open_clip
 from vlp.frozen import FeatureLoader, trunks_frozen
 from vlp.infer import encode_pixels, encode_texts
 from vlp.models import ModelConfig, build_model
-from vlp.models.towers import _in_order
+from vlp.models.towers import _image_weights, _in_order
 from vlp.recipe import load_recipe
 from vlp.runlog import RunLog
+from vlp.torchvision_guard import ensure_torchvision
 from vlp.train import current_bundle, prepare, train
+
+ensure_torchvision()
+import open_clip  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +66,21 @@ def test_cached_features_give_what_the_whole_model_gives(folder: Path, starter_s
     torch.testing.assert_close(heads_text, encode_texts(bundle, [s.captions[0] for s in samples]), rtol=1e-4, atol=1e-5)
 
 
+def test_open_clip_loads_the_export_with_equal_features(folder: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(folder)
+    exported = export_open_clip(bundle, tmp_path / "export")
+    model = open_clip.create_model(f"local-dir:{exported}").eval()
+    texts = ["red apple", "a very long text " * 20, "größer &amp; schöner", ""]
+    tokens = open_clip.get_tokenizer(f"local-dir:{exported}")(texts)
+    assert torch.equal(tokens, bundle.tokenizer(texts))
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.encode_text(tokens, normalize=True), encode_texts(bundle, texts))
+        torch.testing.assert_close(
+            model.encode_image(normalise(pixels, bundle.image), normalize=True), encode_pixels(bundle, pixels)
+        )
+
+
 def test_weights_of_another_shape_are_refused() -> None:
     own = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
     assert set(_in_order({"x": torch.ones(2, 3), "y": torch.ones(4)}, own, "s")) == {"a", "b"}
@@ -75,11 +96,9 @@ def test_the_loaded_tower_knows_what_it_was_trained_on() -> None:
 
     from data_pipelines.preprocess import ImageConfig, load_image, normalise
     from data_pipelines.sources import emoji
-    from data_pipelines.towers import tower_folder
 
     model = timm.create_model("tf_efficientnet_lite0").eval()
-    (path,) = tower_folder("efficientnet-lite0").glob("*.pth")
-    weights = torch.load(path, map_location="cpu", weights_only=True)
+    weights = _image_weights("efficientnet-lite0")
     model.load_state_dict(_in_order(weights, model.state_dict(), "efficientnet-lite0"))
     config = ImageConfig(size=144, resize="longest", mean=(0.5,) * 3, std=(0.5,) * 3)
     for vendor, code, expected in (("fluent", "26bd", "soccer ball"), ("google", "1f427", "king penguin")):

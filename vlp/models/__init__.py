@@ -4,6 +4,7 @@ The model classes are open_clip's, so that every trained model can be handed to 
 """
 
 import json
+import tempfile
 from copy import deepcopy
 from importlib import resources
 from pathlib import Path
@@ -78,24 +79,34 @@ def resolve_config(config: ModelConfig) -> ModelDict:
     return found
 
 
-def instantiate(model_cfg: ModelDict, folder: Path | None = None) -> nn.Module:
+def instantiate(model_cfg: ModelDict) -> nn.Module:
     """The open_clip model of a `model_cfg`, with fresh weights and no download.
 
-    A Hugging Face text tower is described by the config.json in `folder` (a bundle), in a pinned tower, or in a local
-    folder, as `hf_model_name` says.
+    `vision_cfg.timm_model_args` (ours) changes arguments of a timm model, its channels say; `text_cfg.hf_model_name` is
+    a pinned tower or a local folder with a config.json.
     """
     kwargs = deepcopy(model_cfg)
     text, vision = kwargs["text_cfg"], kwargs["vision_cfg"]
     if "timm_model_name" in vision:
         vision["timm_model_pretrained"] = False
-    hf_name = text.get("hf_model_name")
-    if hf_name is not None:
+    if "hf_model_name" in text:
         text["hf_model_pretrained"] = False
-        text["hf_model_name"] = str(folder or hf_folder(hf_name))
-    custom_text = kwargs.pop("custom_text", False) or hf_name is not None
+        text["hf_model_name"] = str(hf_folder(text["hf_model_name"]))
+    custom_text = kwargs.pop("custom_text", False) or "hf_model_name" in text
     model_class = CoCa if "multimodal_cfg" in kwargs else CustomTextCLIP if custom_text else CLIP
-    model: nn.Module = model_class(**kwargs)
+    arguments = vision.pop("timm_model_args", None)
+    with tempfile.TemporaryDirectory() as scratch:
+        if arguments is not None:
+            write_timm_config(Path(scratch), vision["timm_model_name"], arguments)
+            vision["timm_model_name"] = f"local-dir:{scratch}"
+        model: nn.Module = model_class(**kwargs)
     return model
+
+
+def write_timm_config(folder: Path, architecture: str, arguments: ModelDict) -> None:
+    """The config.json from which timm builds `local-dir:folder`."""
+    content = {"architecture": architecture, "model_args": arguments, "pretrained_cfg": {}}
+    (folder / "config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def hf_folder(name: str) -> Path:

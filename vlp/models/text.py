@@ -1,8 +1,14 @@
 """Less text to compute: in a causal tower the positions behind the longest end token change nothing."""
 
+from contextlib import nullcontext
+
 import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+SHORT = 32
+"""Tokens up to which plain attention is used."""
 
 
 def can_trim(tower: nn.Module | None) -> bool:
@@ -21,7 +27,9 @@ def encode_trimmed(tower: TextTransformer, tokens_BL: Tensor) -> Tensor:
     whole = tower.attn_mask
     tower.attn_mask = whole[:length, :length]
     try:
-        output: Tensor = tower(tokens_BL[:, :length])
+        # for a dozen tokens the fused kernels cost twice the plain products, forward and backward
+        with sdpa_kernel(SDPBackend.MATH) if length <= SHORT else nullcontext():
+            output: Tensor = tower(tokens_BL[:, :length])
     finally:
         tower.attn_mask = whole
     return output

@@ -113,8 +113,12 @@ def equal_captions(phrase_ids_BP: Tensor) -> Tensor:
 
 def true_texts(phrase_ids_BP: Tensor, text_phrase_ids_BQ: Tensor) -> Tensor:
     """BB bool: text j says nothing but captions and labels of picture i, so it is true of that picture as well."""
-    known_BBQ = (phrase_ids_BP[:, None, None, :] == text_phrase_ids_BQ[None, :, :, None]).any(dim=3)
-    return (known_BBQ | (text_phrase_ids_BQ < 0)[None]).all(dim=2)
+    distinct_U, where_BQ = text_phrase_ids_BQ.unique(return_inverse=True)
+    place_BP = torch.searchsorted(distinct_U, phrase_ids_BP).clamp_(max=len(distinct_U) - 1)
+    row, column = (distinct_U[place_BP] == phrase_ids_BP).nonzero(as_tuple=True)
+    known_BU = (distinct_U < 0).repeat(len(phrase_ids_BP), 1)
+    known_BU[row, place_BP[row, column]] = True
+    return known_BU[:, where_BQ].all(dim=2)
 
 
 def mask_pairs(logits_BB: Tensor, pairs_BB: Tensor) -> Tensor:
