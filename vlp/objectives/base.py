@@ -118,7 +118,8 @@ def true_texts(phrase_ids_BP: Tensor, text_phrase_ids_BQ: Tensor) -> Tensor:
     row, column = (distinct_U[place_BP] == phrase_ids_BP).nonzero(as_tuple=True)
     known_BU = (distinct_U < 0).repeat(len(phrase_ids_BP), 1)
     known_BU[row, place_BP[row, column]] = True
-    return known_BU[:, where_BQ].all(dim=2)
+    true_BB: Tensor = known_BU[:, where_BQ].all(dim=2)
+    return true_BB
 
 
 def mask_pairs(logits_BB: Tensor, pairs_BB: Tensor) -> Tensor:
