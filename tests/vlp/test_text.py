@@ -28,7 +28,7 @@ def test_trimmed_text_gives_the_same_features_and_gradients() -> None:
     assert len(results[0]) > 10
     assert int(tokens.argmax(dim=1).max()) + 1 < tokens.shape[1], "nothing would be trimmed"
     for whole, trimmed in zip(*results, strict=True):
-        torch.testing.assert_close(trimmed, whole, rtol=1e-4, atol=1e-5)
+        assert (trimmed - whole).abs().max() <= 1e-4 * whole.abs().max()
     assert model.get_submodule("text").attn_mask.shape == (12, 12), "the mask is put back"
 
 
