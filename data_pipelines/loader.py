@@ -94,7 +94,7 @@ class Loader:
         self.step = 0
         self.side_at: Callable[[int], int] = lambda _: config.image.size
         """Side of the training pictures at a step; a trainer that grows them sets it before the first batch."""
-        self._cache: dict[int, Decoded] = {}
+        self._cache: dict[tuple[int, int], Decoded] = {}
         self._cached_bytes = 0
 
     def state_dict(self) -> LoaderState:
@@ -178,7 +178,8 @@ class Loader:
 
     def fetch(self, sample_id: int) -> Decoded | BadSample:
         """One decoded sample, from the cache if it is there; the error instead if it cannot be used."""
-        cached = self._cache.get(sample_id)
+        original = self.shards.original(sample_id)
+        cached = self._cache.get(original)
         if cached is not None:
             return cached
         try:
@@ -187,7 +188,7 @@ class Loader:
             return error
         size = sample.pixels.numel()
         if self._cached_bytes + size <= self.config.cache_mb << 20:
-            self._cache[sample_id] = sample
+            self._cache[original] = sample
             self._cached_bytes += size
         return sample
 

@@ -76,10 +76,15 @@ class ShardSet:
     def __len__(self) -> int:
         return self._starts[-1]
 
+    def original(self, sample_id: int) -> tuple[int, int]:
+        """(shard, row) of a sample: equal for all its repetitions."""
+        number = bisect_right(self._starts, sample_id) - 1
+        return number, self._rows[number][sample_id - self._starts[number]]
+
     def read(self, sample_id: int) -> Sample:
         """The sample with this number. Raises BadSample."""
-        number = bisect_right(self._starts, sample_id) - 1
-        return self._shards[number].read(self._rows[number][sample_id - self._starts[number]])
+        number, row = self.original(sample_id)
+        return self._shards[number].read(row)
 
 
 def _select(shard: Shard, sources: Mapping[str, int] | None) -> Sequence[int]:

@@ -56,7 +56,7 @@ class FeatureLoader:
         """Computes nothing yet; `fill` does."""
         self.loader, self.plan, self.ledger = loader, loader.plan, loader.ledger
         self._model, self._device = model, device
-        self._images: dict[int, Tensor] = {}
+        self._images: dict[tuple[int, int], Tensor] = {}
         self._texts: dict[str, Tensor] = {}
 
     def state_dict(self) -> LoaderState:
@@ -74,18 +74,24 @@ class FeatureLoader:
         plain = AugmentConfig()
         with ThreadPoolExecutor(config.threads) as pool:
             for start in range(0, len(self.loader.shards), CHUNK):
-                ids = range(start, min(start + CHUNK, len(self.loader.shards)))
+                span = range(start, min(start + CHUNK, len(self.loader.shards)))
+                # repetitions of a sample share its features
+                fresh = {self.loader.shards.original(i): i for i in span}
+                ids = [i for original, i in fresh.items() if original not in self._images]
                 found = list(pool.map(self.loader.fetch, ids))
                 good = [(i, item) for i, item in zip(ids, found, strict=True) if isinstance(item, Decoded)]
-                views = []
+                if not good:
+                    advance(len(span))
+                    continue
+                views: list[Tensor] = []
                 for view in range(config.cached_views):
                     generator = self.plan.generator(start * config.cached_views + view, VIEWS)
                     pixels = torch.stack([item.pixels for _, item in good])
                     strength = config.augment if view else plain
                     views.append(self._trunk(augment(pixels, strength, generator, len(good), range(len(good)))))
                 for row, (sample_id, _) in enumerate(good):
-                    self._images[sample_id] = torch.stack([view[row] for view in views])
-                advance(len(ids))
+                    self._images[self.loader.shards.original(sample_id)] = torch.stack([view[row] for view in views])
+                advance(len(span))
 
     def _trunk(self, pixels_BCHW: Tensor) -> Tensor:
         trunk = self._model.visual.trunk.eval()
@@ -118,7 +124,7 @@ class FeatureLoader:
         drawn = self.loader.draw(step)
         kept = [(row, item) for row, item in zip(drawn.rows, drawn.samples, strict=True)]
         views = self.plan.generator(step, VIEWS).random(len(drawn.ids))
-        images = [self._images[int(drawn.ids[row])] for row, _ in kept]
+        images = [self._images[self.loader.shards.original(int(drawn.ids[row]))] for row, _ in kept]
         chosen = [table[int(views[row] * len(table))] for table, (row, _) in zip(images, kept, strict=True)]
         return Batch(
             keys=tuple(item.key for _, item in kept),
