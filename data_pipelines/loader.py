@@ -16,11 +16,10 @@ from data_pipelines.batch import Batch
 from data_pipelines.captions import DRAWS, CaptionConfig, choose_phrases, compose, pad_ids
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import BadSample, ConfigError, PipelineError
-from data_pipelines.files import sha256_file
 from data_pipelines.images import MAX_PIXELS
 from data_pipelines.plan import Ids, Plan, rank_slice
 from data_pipelines.preprocess import ImageConfig
-from data_pipelines.records import MANIFEST
+from data_pipelines.records import MANIFEST, manifest_digest
 from data_pipelines.stream import Decoded, Ledger, ShardSet, decode
 from data_pipelines.tokens import Tokenizer
 
@@ -201,7 +200,7 @@ def make_loader(config: DataConfig, tokenizer: Tokenizer, seed: int, rank: int =
 def data_digest(folder: Path) -> str:
     """What identifies the data: the manifest's sha256, else names and sizes of the shards."""
     if (folder / MANIFEST).is_file():
-        return sha256_file(folder / MANIFEST)
+        return manifest_digest(folder)
     return ",".join(f"{path.name}:{path.stat().st_size}" for path in sorted(folder.glob("*.tar")))
 
 

@@ -122,14 +122,13 @@ class FeatureLoader:
 
     def _batch(self, step: int) -> Batch:
         drawn = self.loader.draw(step)
-        kept = [(row, item) for row, item in zip(drawn.rows, drawn.samples, strict=True)]
         views = self.plan.generator(step, VIEWS).random(len(drawn.ids))
-        images = [self._images[self.loader.shards.original(int(drawn.ids[row]))] for row, _ in kept]
-        chosen = [table[int(views[row] * len(table))] for table, (row, _) in zip(images, kept, strict=True)]
+        images = [self._images[self.loader.shards.original(int(drawn.ids[row]))] for row in drawn.rows]
+        chosen = [table[int(views[row] * len(table))] for table, row in zip(images, drawn.rows, strict=True)]
         return Batch(
-            keys=tuple(item.key for _, item in kept),
-            pixels=torch.empty(len(kept), 0, dtype=torch.uint8),
-            tokens=torch.empty(len(kept), 0, dtype=torch.int64),
+            keys=tuple(sample.key for sample in drawn.samples),
+            pixels=torch.empty(len(chosen), 0, dtype=torch.uint8),
+            tokens=torch.empty(len(chosen), 0, dtype=torch.int64),
             phrase_ids=drawn.known,
             text_phrase_ids=drawn.chosen,
             image_features=torch.stack(chosen).clone(),
