@@ -24,6 +24,11 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def env_rank() -> int:
+    """Number of this process as its launcher gave it, before the group is joined."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def rank() -> int:
     """Number of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -32,6 +37,15 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on at least one rank; all ranks must ask."""
+    if world_size() == 1:
+        return flag
+    answer = torch.tensor(int(flag), device=device)
+    dist.all_reduce(answer, dist.ReduceOp.MAX)
+    return bool(answer)
 
 
 def gather_features(features: Features) -> Features:
@@ -55,10 +69,14 @@ def _gather(tensor: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Mean of the gradients over the ranks, in place."""
+    """Mean of the gradients over the ranks, in place; one exchange per data type, for each costs a round trip."""
     if world_size() == 1:
         return
-    for parameter in parameters:
-        if parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= world_size()
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        same = [gradient for gradient in gradients if gradient.dtype == dtype]
+        flat = torch.cat([gradient.flatten() for gradient in same])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        parts = flat.split([gradient.numel() for gradient in same])
+        torch._foreach_copy_(same, [part.view(gradient.shape) for part, gradient in zip(parts, same, strict=True)])

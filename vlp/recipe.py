@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from data_pipelines.config import StrictModel, explain
 from data_pipelines.errors import ConfigError
@@ -53,8 +53,10 @@ class RunConfig(StrictModel):
     channels_last: bool = True
     """Memory layout of pictures; faster for convolutions."""
     device: str = "auto"
+    processes: int = Field(1, ge=1)
+    """Ranks `vlp train` starts on this machine; below torchrun, torchrun says how many. For CPUs."""
     threads: int | None = None
-    """Torch threads; default all cores. Bit-equal results need an equal number."""
+    """Torch threads per rank; default all cores, shared out. Bit-equal results need an equal number."""
     sizes: dict[float, int] = {}
     """Progressive resizing: share of the run -> side of the training pictures until then; afterwards full size."""
     log_every: int = 10

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from vlp import __version__, distributed, evals
 from vlp.bundle import VOCABULARY, Bundle, Provenance, pick_device, save_bundle
 from vlp.checkpoint import load_latest, save_checkpoint
 from vlp.frozen import FeatureLoader, FrozenHeads, trunks_frozen
+from vlp.launch import local_ranks
 from vlp.models import build_model, hf_folder, resolve_config, trunk_of
 from vlp.models.text import TrimmedText
 from vlp.objectives import base as objectives
@@ -91,8 +93,9 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
     """Build everything from a recipe, in a fixed order under one seed. Trains nothing yet."""
     rank, world = distributed.set_up()
     torch.set_float32_matmul_precision("medium")  # the fast fp32 matmul route on CPUs
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
+    threads = recipe.run.threads or (os.cpu_count() or 1) // recipe.run.processes
+    if recipe.run.threads or recipe.run.processes > 1:
+        torch.set_num_threads(max(1, threads))
     torch.manual_seed(recipe.run.seed)
     device = pick_device(recipe.run.device)
     tokenizer = make_tokenizer(recipe)
@@ -246,27 +249,36 @@ def current_bundle(run: Run) -> Bundle:
 
 
 def train(recipe: Recipe, folder: Path, resume: bool = False, show: bool = True) -> dict[str, Any]:
-    """Train a recipe into `folder` and return its summary. Raises Interrupted after SIGINT or SIGTERM, all saved."""
-    run = prepare(recipe, folder)
+    """Train a recipe into `folder`; the summary, empty on ranks above 0. Raises Interrupted on a signal, all saved."""
     runlog = RunLog(folder)
-    if resume:
-        restore(run)
-        for name in ("metrics.jsonl", "evals.jsonl"):
-            runlog.truncate(name, run.step)
-    elif (folder / "checkpoints").exists():
+    if not resume and (folder / "checkpoints").exists():
         raise ConfigError(f"{folder} holds a run already: continue it with --resume, or choose another --run-dir")
-    (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
-    data = {str(recipe.data.train): data_digest(recipe.data.train)}
-    if distributed.rank() == 0:
-        runlog.write("env.json", environment(run.device, data))
-    if isinstance(run.loader, FeatureLoader):
-        begun = time.perf_counter()
-        with progress("features of the frozen trunks", run.loader.plan.samples, show, "pictures") as advance:
-            run.loader.fill(advance)
-        run.seconds += time.perf_counter() - begun
-    with _signals() as received:
-        _loop(run, runlog, received, show)
-    return _finish(run, runlog)
+    if distributed.env_rank() == 0:
+        (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    with local_ranks(recipe.run.processes, folder, resume):
+        run = prepare(recipe, folder)
+        lead = distributed.rank() == 0
+        if resume:
+            restore(run)
+        if lead:
+            _open_log(run, runlog)
+        if isinstance(run.loader, FeatureLoader):
+            begun = time.perf_counter()
+            total = run.loader.plan.samples
+            with progress("features of the frozen trunks", total, show and lead, "pictures") as advance:
+                run.loader.fill(advance)
+            run.seconds += time.perf_counter() - begun
+        with _signals() as received:
+            _loop(run, runlog, received, show and lead)
+        distributed.leave()
+    return _finish(run, runlog) if lead else {}
+
+
+def _open_log(run: Run, runlog: RunLog) -> None:
+    for name in ("metrics.jsonl", "evals.jsonl"):
+        runlog.truncate(name, run.step)
+    data = {str(run.recipe.data.train): data_digest(run.recipe.data.train)}
+    runlog.write("env.json", environment(run.device, data) | {"ranks": distributed.world_size()})
 
 
 def _loop(run: Run, runlog: RunLog, received: Callable[[], int], show: bool) -> None:
@@ -278,24 +290,29 @@ def _loop(run: Run, runlog: RunLog, received: Callable[[], int], show: bool) -> 
         begun = time.perf_counter()
         for batch in batches:
             values = train_step(run, batch)
-            run.seconds += time.perf_counter() - begun
-            speed = len(batch.keys) * distributed.world_size() / max(time.perf_counter() - begun, 1e-9)
+            seconds = time.perf_counter() - begun
+            run.seconds += seconds
+            speed = len(batch.keys) * distributed.world_size() / max(seconds, 1e-9)
             bar.update(task, completed=run.step, note=f"loss {values['loss']:.3f}  {speed:.0f} samples/s")
-            if run.step % every.log_every == 0 or run.step == run.total:
-                runlog.append("metrics.jsonl", {"step": run.step, "seconds": round(run.seconds, 2), **values})
-            _evaluate_due(run, runlog)
-            if received() or run.step == run.total or (every.save_every and run.step % every.save_every == 0):
+            if distributed.rank() == 0:
+                _note(run, runlog, values)
+            last = run.step >= run.total
+            stop = distributed.any_rank(bool(received()), run.device)
+            if distributed.rank() == 0 and (stop or last or (every.save_every and run.step % every.save_every == 0)):
                 save(run)
-            if received() and run.step < run.total:
-                raise Interrupted(run.step, run.folder, received())
-            if run.step >= run.total:
+            if stop and not last:
+                raise Interrupted(run.step, run.folder, received() or signal.SIGTERM)
+            if last:
                 break
             begun = time.perf_counter()
 
 
-def _evaluate_due(run: Run, runlog: RunLog) -> None:
+def _note(run: Run, runlog: RunLog, values: dict[str, float]) -> None:
+    """Metrics and evaluations that are due at this step."""
+    if run.step % run.recipe.run.log_every == 0 or run.step == run.total:
+        runlog.append("metrics.jsonl", {"step": run.step, "seconds": round(run.seconds, 2), **values})
     due = [item for item in run.recipe.evals if (item.every and run.step % item.every == 0) or run.step == run.total]
-    if not due or distributed.rank() != 0:
+    if not due:
         return
     bundle = current_bundle(run)
     for item in due:

@@ -47,6 +47,7 @@ def train(
         result = _describe(resolved, folder)
         emit(result, as_json, [f"{key}: {value}" for key, value in result.items()])
         return
+    from vlp.distributed import env_rank
     from vlp.report import write_report
     from vlp.train import Interrupted
     from vlp.train import train as run_training
@@ -54,8 +55,11 @@ def train(
     try:
         summary = run_training(resolved, folder, resume)
     except Interrupted as stop:
-        click.echo(str(stop), err=True)
+        if env_rank() == 0:
+            click.echo(str(stop), err=True)
         raise SystemExit(EXIT_INTERRUPTED.get(stop.signal_number, 1)) from stop
+    if env_rank() > 0:
+        return
     report = write_report(folder)
     emit(
         {**summary, "report": str(report)},

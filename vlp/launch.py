@@ -1,0 +1,54 @@
+"""Several processes on this machine for one run: on a CPU, N processes of one thread beat one process of N threads."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PATIENCE = 60
+"""Seconds the other ranks get to leave by themselves once rank 0 is done."""
+
+
+@contextmanager
+def local_ranks(count: int, folder: Path, resume: bool) -> Iterator[None]:
+    """This process becomes rank 0 of `count`; the others run `vlp train` on the recipe that stands in `folder`.
+
+    Nothing happens for a single rank, nor below torchrun, which has started all ranks already.
+    """
+    if count == 1 or "WORLD_SIZE" in os.environ:
+        yield
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "vlp", "train", str(folder / "recipe.yaml"), "--run-dir", str(folder)]
+    others = [
+        subprocess.Popen(
+            [*command, *(["--resume"] if resume else [])],
+            env={**os.environ, **shared, "RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(1, count)
+    ]
+    os.environ.update(shared, RANK="0")
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        for key in (*shared, "RANK"):
+            os.environ.pop(key)
+        for process in others:
+            _end(process, PATIENCE if done else 0)
+
+
+def _end(process: "subprocess.Popen[bytes]", patience: float) -> None:
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
