@@ -78,10 +78,10 @@ def augment(
     if not (config.geometric or config.colour or config.erase) and side == pixels_BCHW.shape[-1]:
         return pixels_BCHW
     draws = torch.from_numpy(generator.random((total, COLUMNS), dtype=np.float32)[list(rows)])
+    if side < pixels_BCHW.shape[-1]:
+        pixels_BCHW = F.interpolate(pixels_BCHW, (side, side), mode="bilinear", antialias=True)
     # distance from the ground colour: whatever lies outside the picture is then zero
     picture = config.ground - pixels_BCHW.float()
-    if side < picture.shape[-1]:
-        picture = F.interpolate(picture, (side, side), mode="bilinear", antialias=True)
     if config.geometric:
         picture = _affine(picture, config, draws[:, :7])
     if config.colour:
@@ -104,7 +104,11 @@ def _affine(picture_BCHW: Tensor, config: AugmentConfig, draws: Tensor) -> Tenso
         torch.stack([cos * across, cos * shear - sin * down, 2 * config.shift * signed[:, 4]], dim=1),
         torch.stack([sin * across, sin * shear + cos * down, 2 * config.shift * signed[:, 5]], dim=1),
     )
-    grid = F.affine_grid(torch.stack(rows, dim=1), list(picture_BCHW.shape), align_corners=False)
+    # F.affine_grid would do, at three times the cost
+    height, width = picture_BCHW.shape[-2:]
+    y, x = (torch.linspace(1 / n - 1, 1 - 1 / n, n) for n in (height, width))
+    places = torch.stack([x.repeat(height), y.repeat_interleave(width), torch.ones(height * width)])
+    grid = (torch.stack(rows, dim=1) @ places).view(-1, 2, height, width).permute(0, 2, 3, 1)
     return F.grid_sample(picture_BCHW, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
@@ -114,16 +118,18 @@ def _colour(below_BCHW: Tensor, config: AugmentConfig, draws: Tensor) -> Tensor:
     In and out: distance from the ground colour.
     """
     signed = draws * 2 - 1
-    cover = (below_BCHW.abs().amax(dim=1, keepdim=True) / SOLID).clamp_(max=1)
+    ceiling = (below_BCHW.abs().amax(dim=1, keepdim=True) * (255 / SOLID)).clamp_(max=255)
     contrast = torch.exp(signed[:, 0] * config.contrast)
-    offset = 255 * (0.5 * (1 - contrast) + signed[:, 1] * config.brightness)
     saturation = torch.exp(draws[:, 2] * 2.5 * config.saturation - 1.5 * config.saturation)
     saturation = torch.where(draws[:, 4] < config.grey, 0.0, saturation)
     mix = _hue_matrix(signed[:, 3] * (2 * math.pi * config.hue)) @ _saturation_matrix(saturation)
     mix = mix * contrast.view(-1, 1, 1)
-    drawing = cover * config.ground - below_BCHW
-    drawing = torch.einsum("bij,bjhw->bihw", mix, drawing) + cover * offset.view(-1, 1, 1, 1)
-    return cover * config.ground - drawing.minimum(cover * 255).clamp_(min=0)
+    # the drawing is ceiling - below; as the rows of `mix` sum to the contrast, both terms fit into one product
+    share = contrast * (config.ground / 255) + 0.5 * (1 - contrast) + signed[:, 1] * config.brightness
+    mix = torch.cat([-mix, share.view(-1, 1, 1).expand(-1, 3, 1)], dim=2)
+    drawing = (mix @ torch.cat([below_BCHW, ceiling], dim=1).flatten(2)).view_as(below_BCHW)
+    drawing = drawing.clamp_(min=0).minimum(ceiling)
+    return torch.sub(ceiling * (config.ground / 255), drawing, out=drawing)
 
 
 def _saturation_matrix(factor_B: Tensor) -> Tensor:
