@@ -5,7 +5,6 @@ import os
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 from vlp.objectives.base import Features
 
@@ -49,11 +48,11 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def gather_features(features: Features) -> Features:
-    """Features of all ranks in rank order, with gradients flowing back to their owners.
+    """Features of all ranks in rank order; the gradient reaches each rank's own.
 
-    Every rank then computes the same global loss. The backward of the gather sums over the ranks, and averaging the
-    parameter gradients over ranks undoes exactly that factor, so N ranks equal one process on the whole batch.
-    Ranks must hold equally many samples.
+    Every rank then computes the same global loss, so its own slice already receives the whole gradient and nothing has
+    to travel back. The factor of the world size makes up for the mean that `average_gradients` takes: N ranks equal
+    one process on the whole batch. Ranks must hold equally many samples.
     """
     if world_size() == 1:
         return features
@@ -61,10 +60,12 @@ def gather_features(features: Features) -> Features:
 
 
 def _gather(tensor: Tensor) -> Tensor:
-    if tensor.is_floating_point():
-        return torch.cat(all_gather(tensor.contiguous()))
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    if tensor.requires_grad:
+        own = tensor.view_as(tensor)
+        own.register_hook(lambda gradient: gradient * world_size())
+        parts[rank()] = own
     return torch.cat(parts)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_pipelines.errors import PipelineError
+
 PATIENCE = 60
 """Seconds the other ranks get to leave by themselves once rank 0 is done."""
 
@@ -39,11 +41,27 @@ def local_ranks(count: int, folder: Path, resume: bool) -> Iterator[None]:
     try:
         yield
         done = True
+    except RuntimeError as error:  # what a broken connection to another rank looks like here
+        dead = [(rank, code) for rank, other in enumerate(others, 1) if (code := _code(other))]
+        if not dead:
+            raise
+        rank, code = dead[0]
+        raise PipelineError(
+            f"rank {rank} ended with exit code {code} (its message is above); continue with --resume"
+        ) from error
     finally:
         for key in (*shared, "RANK"):
             os.environ.pop(key)
         for process in others:
             _end(process, PATIENCE if done else 0)
+
+
+def _code(process: "subprocess.Popen[bytes]") -> int | None:
+    """Exit code of a process that ended or is about to."""
+    try:
+        return process.wait(5)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _end(process: "subprocess.Popen[bytes]", patience: float) -> None:

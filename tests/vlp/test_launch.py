@@ -1,0 +1,81 @@
+"""Runs of two real ranks, started by `vlp train` itself and by torchrun."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlp.checkpoint import load_latest
+from vlp.recipe import Recipe, dump
+from vlp.runlog import RunLog
+from vlp.train import train
+
+Make = Callable[..., Recipe]
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in RunLog(folder).rows("metrics.jsonl")]
+
+
+def start(recipe: Recipe, folder: Path, *launcher: str) -> "subprocess.Popen[str]":
+    file = folder.with_suffix(".yaml")
+    file.write_text(dump(recipe))
+    command = [sys.executable, *launcher, "-m", "vlp", "train", str(file), "--run-dir", str(folder)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def ranks_below(process: "subprocess.Popen[Any]") -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in children.read_text().split()] if children.exists() else []
+
+
+def wait_for_steps(process: "subprocess.Popen[str]", folder: Path, steps: int) -> None:
+    until = time.monotonic() + 120
+    while len(losses(folder)) < steps:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_two_ranks_below_torchrun_train_as_one_process_does(micro_recipe: Make, trained: Path, tmp_path: Path) -> None:
+    process = start(micro_recipe(), tmp_path / "run", *TORCHRUN)
+    message = process.communicate(timeout=180)[1]
+    assert process.returncode == 0, message
+    assert losses(tmp_path / "run") == pytest.approx(losses(trained), rel=1e-4)
+    assert (tmp_path / "run" / "bundle" / "bundle.json").is_file()
+
+
+def test_a_signal_to_the_first_rank_stops_both_and_resume_goes_on(micro_recipe: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = start(micro_recipe(steps=100_000, save_every=0, processes=2), folder)
+    wait_for_steps(process, folder, 3)
+    others = ranks_below(process)
+    process.send_signal(signal.SIGTERM)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    assert message.count("--resume") == 1
+    assert others
+    assert not any(Path(f"/proc/{pid}").exists() for pid in others)
+    _, state = load_latest(folder / "checkpoints") or pytest.fail("nothing saved")
+    steps = state["step"]
+    assert steps == len(losses(folder))
+    train(micro_recipe(steps=steps + 2, processes=2), folder, resume=True, show=False)
+    assert len(losses(folder)) == steps + 2
+
+
+def test_the_death_of_a_rank_ends_the_run_and_is_named(micro_recipe: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = start(micro_recipe(steps=100_000, save_every=0, processes=2), folder)
+    wait_for_steps(process, folder, 3)
+    for pid in ranks_below(process):
+        os.kill(pid, signal.SIGKILL)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode not in (0, None)
+    assert "rank 1 ended with exit code -9" in message
