@@ -5,6 +5,7 @@ Pictures become png. Split names come from the files: train, and test for t10k; 
 
 import gzip
 import hashlib
+import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -90,11 +91,12 @@ def unpack(content: bytes, name: str) -> bytes:
 
 def parse(content: bytes, name: str) -> Array:
     """Array of an IDX file of bytes: two zeros, 8 for uint8, dimensions; their sizes as big-endian int32; the data."""
-    count = content[3] if content[:3] == b"\0\0\x08" else 0
-    shape = np.frombuffer(content, ">i4", count, 4).tolist() if 4 + 4 * count <= len(content) else []
-    if not shape or int(np.prod(shape, dtype=np.int64)) != len(content) - 4 - 4 * count:
+    count = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
+    start = 4 + 4 * count
+    shape = np.frombuffer(content, ">i4", count, 4).tolist() if start <= len(content) else []
+    if not shape or min(shape) < 0 or math.prod(shape) != len(content) - start:
         raise PipelineError(f"{name}: no IDX file of bytes, or one of another length than its header says")
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * count).reshape(shape)
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
 def count(config: Config) -> int:
