@@ -17,8 +17,10 @@ IMAGES = [
     {"id": n, "file_name": f"{n:03}.jpg", "coco_url": f"https://e.org/{n}.jpg", "width": 40, "height": 20}
     for n in (7, 3, 5, 9)
 ]
-CAPTIONS = [{"image_id": 3, "caption": "A cat."}, {"image_id": 7, "caption": " A dog. "}, {"image_id": 3, "caption": "Two cats."},
-            {"image_id": 3, "caption": "A cat."}]  # fmt: skip
+CAPTIONS = [
+    {"image_id": number, "caption": caption}
+    for number, caption in ((3, "A cat."), (7, " A dog. "), (3, "Two cats."), (3, "A cat."))
+]
 BOXES: list[dict[str, Any]] = [
     {"image_id": 3, "category_id": 17, "bbox": [10, 5, 20, 10], "segmentation": [[1, 2, 3]]},
     {"image_id": 3, "category_id": 18, "bbox": [30, 10, 20, 20], "iscrowd": 0},

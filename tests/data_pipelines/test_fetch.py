@@ -10,9 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,74 +20,10 @@ import trustme
 
 from data_pipelines import fetch, urls
 from data_pipelines.errors import BadSample
-from data_pipelines.fetch import FetchOptions, close_idle, read_bytes
+from data_pipelines.fetch import FetchOptions, read_bytes
+from data_pipelines.testing import Handler, Web
 
 LOCAL = FetchOptions(allow_private=True, retries=0, timeout=2, total_timeout=4)
-Route = Callable[["Handler"], object]
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers by the path's route; the server counts connections and keeps the request headers."""
-
-    protocol_version = "HTTP/1.1"
-    server: "Web"
-
-    def setup(self) -> None:
-        super().setup()
-        self.server.connects += 1
-
-    def do_GET(self) -> None:
-        self.server.asked.append(self.path)
-        self.server.headers.append(dict(self.headers))
-        route = self.server.routes.get(self.path.partition("?")[0])
-        if route is None:
-            self.answer(b"nothing here", 404)
-        else:
-            route(self)
-
-    def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def raw(self, content: bytes) -> None:
-        """Bytes as they are, then the end of the connection."""
-        self.wfile.write(content)
-        self.close_connection = True
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-class Web(ThreadingHTTPServer):
-    """A server on the loopback."""
-
-    daemon_threads = True
-
-    def __init__(self, family: int = socket.AF_INET) -> None:
-        self.address_family = family
-        super().__init__(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0), Handler)
-        self.routes: dict[str, Route] = {}
-        self.connects = 0
-        self.asked: list[str] = []
-        self.headers: list[dict[str, str]] = []
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up early is what many of these tests are about."""
-
-
-@pytest.fixture
-def web() -> Iterator[Web]:
-    with Web() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        yield server
-        close_idle()
-        server.shutdown()
-        thread.join()
 
 
 def reason(location: str | Path, options: FetchOptions = LOCAL) -> str:

@@ -2,10 +2,8 @@ import csv
 import gzip
 import io
 import json
-import threading
 from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,10 @@ from hypothesis import strategies as st
 
 from data_pipelines import sources
 from data_pipelines.errors import ConfigError, PipelineError
-from data_pipelines.fetch import FetchOptions, close_idle
+from data_pipelines.fetch import FetchOptions
 from data_pipelines.records import Record
 from data_pipelines.sources import table
-from data_pipelines.testing import draw
+from data_pipelines.testing import Web, draw
 from data_pipelines.write import WriteOptions, write_shards
 
 Rows = list[dict[str, Any]]
@@ -307,37 +305,12 @@ def test_a_table_in_an_object_store() -> None:
         sources.resolve("nonsense://bucket/none.csv")
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def end_headers(self) -> None:
-        if "private" in self.path:
-            self.send_header("X-Robots-Tag", "noai")
-        super().end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[str]:
-    """Address of a web server with ten pictures."""
-    (tmp_path / "www").mkdir()
+def test_a_parquet_of_addresses_becomes_shards(web: Web, tmp_path: Path) -> None:
     for n in range(10):
-        (tmp_path / "www" / f"{n}.png").write_bytes(draw(seed=n))
-    (tmp_path / "www" / "private.png").write_bytes(draw())
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path / "www")) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        close_idle()
-        server.shutdown()
-        thread.join()
-
-
-def test_a_parquet_of_addresses_becomes_shards(site: str, tmp_path: Path) -> None:
+        web.routes[f"/{n}.png"] = lambda handler, n=n: handler.answer(draw(seed=n))  # type: ignore[misc]
+    web.routes["/private.png"] = lambda handler: handler.answer(draw(), X_Robots_Tag="noai")
     names = [*(f"{n}.png" for n in range(10)), "gone.png", "private.png"]
-    columns = {"url": [f"{site}/{name}" for name in names], "caption": [f"about {name}" for name in names]}
+    columns = {"url": [f"{web.url}/{name}" for name in names], "caption": [f"about {name}" for name in names]}
     columns["url"].append("http://127.0.0.1:1/x.png")
     columns["caption"].append("nobody listens")
     pq.write_table(pa.table({**columns, "similarity": [0.5] * 13}), tmp_path / "set.parquet")
