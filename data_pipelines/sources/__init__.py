@@ -72,7 +72,7 @@ def _reads_path(module: ModuleType) -> bool:
 def _recognise(source: str, modules: Mapping[str, ModuleType]) -> str:
     """The kind of a path or URL by its name, and by what a folder holds; several joined by `::` are of one kind."""
     where = place(source.partition("::")[0])
-    if "*" in where.name:
+    if not where.exists() and set("*{") & set(where.name):
         return "tars"
     readers = sorted(name for name, module in modules.items() if _reads_path(module))
     if not where.exists():

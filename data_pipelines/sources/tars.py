@@ -1,10 +1,10 @@
 """Existing WebDataset tars, to be sharded anew, merged, selected from, or re-encoded.
 
-A tar, a folder of them (sub-folders with tars are splits), a pattern such as `data/0000*.tar`, or several of these
-joined by `::`; also in object stores. Captions, labels, source, boxes and all other columns of the json members come
-along; members other than picture, json and txt are left out. A sample without a usable picture, or whose text cannot
-be read, is a counted failure. A damaged tar stops the job, because nobody can tell how much of it is lost; with
-`damaged: count` it becomes one failure.
+A tar, a folder of them (sub-folders with tars are splits), a pattern such as `data/0000*.tar` or
+`data/{00000..00012}.tar`, or several of these joined by `::`; also in object stores. Captions, labels, source, boxes
+and all other columns of the json members come along; members other than picture, json and txt are left out. A sample
+without a usable picture, or whose text cannot be read, is a counted failure. A damaged tar stops the job, because
+nobody can tell how much of it is lost; with `damaged: count` it becomes one failure.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from braceexpand import braceexpand
 from pydantic import field_validator
 
 from data_pipelines import rows
@@ -151,7 +152,7 @@ def fingerprint(config: Config) -> str:
 
 
 def _tars(config: Config) -> list[_Tar]:
-    parts = [config.path] if isinstance(config.path, Path) else config.path.split("::")
+    parts = (name for part in str(config.path).split("::") for name in braceexpand(part, escape=False))
     return [tar for part in parts for tar in _expand(place(part))]
 
 
