@@ -54,7 +54,8 @@ class _Picture:
 def iter_records(config: Config) -> Iterator[Record]:
     """One record per picture."""
     pictures = _load(config)
-    source = place(_files(config)[0]).stem
+    stem = _files(config)[0].stem
+    source = stem.partition("_")[2] or stem  # captions_train2017 -> train2017
     base: Path | None = None
     for number, picture in pictures.items():
         name = picture.columns.get(config.image_col)

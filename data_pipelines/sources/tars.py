@@ -8,6 +8,7 @@ nobody can tell how much of it is lost; with `damaged: count` it becomes one fai
 """
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -142,6 +143,31 @@ def _local(tar: Place) -> Iterator[Path]:
         except OSError as error:
             raise ShardError(f"{tar}: cannot be fetched ({error})") from error
         yield path
+
+
+def count(config: Config) -> int | None:
+    """Number of records by the sizes.json beside the tars; None where one is not in it, or with a keep-list."""
+    folders: dict[str, dict[str, int]] = {}
+    total = 0
+    for tar in _tars(config):
+        folder = tar.place.parent
+        if folder.path not in folders:
+            folders[folder.path] = _sizes(folder)
+        size = folders[folder.path].get(tar.place.name)
+        if size is None or config.keys:
+            return None
+        total += size
+    return total
+
+
+def _sizes(folder: Place) -> dict[str, int]:
+    """Samples of the tars in a folder; empty where nobody has written them down."""
+    try:
+        with Place(folder.fs, f"{folder.path}/sizes.json", folder.local).open() as stream:
+            found = json.load(stream)
+    except (PipelineError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def fingerprint(config: Config) -> str:

@@ -13,10 +13,13 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 import pytest
 import trustme
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_pipelines import fetch, urls
 from data_pipelines.errors import BadSample
@@ -46,6 +49,29 @@ def dialled() -> list[Any]:
 HOSTILE: list[str] = json.loads(Path(__file__).with_name("hostile_urls.json").read_bytes())
 """Addresses that lead inside, or that two parsers may read differently; {p} is the canary's port."""
 REFUSED = {"private_address", "bad_url", "bad_scheme", "bad_port", "dns"}
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.text("htps:/.@\\[]%?#&= \t0127axé。１-_~", max_size=40).map("http://".__add__)
+    | st.text(max_size=20).map("http://h/".__add__)
+)
+def test_an_accepted_spelling_has_one_reading(url: str) -> None:
+    """What is sent is plain ASCII without blanks, and reading it again gives the same."""
+    try:
+        target = urls.parse(url, any_port=True)
+    except BadSample:
+        return
+    assert all(33 <= ord(letter) < 127 for letter in target.url)
+    assert urls.parse(target.url, any_port=True) == target
+    assert urlsplit(target.url).hostname == target.host
+    assert not {"@", "\\", "/", "?", "#"} & set(target.host)
+
+
+def test_options_cannot_smuggle_headers() -> None:
+    for agent in ("", "a\r\nX: y", "a\n", " a", "ä"):
+        with pytest.raises(ValueError, match="user_agent"):
+            FetchOptions(user_agent=agent)
 
 
 def test_no_hostile_address_is_dialled(web: Web, dialled: list[Any]) -> None:

@@ -56,6 +56,7 @@ def old(tmp_path: Path, records: list[Record]) -> Path:
 def test_nothing_is_lost_on_the_way_through_a_shard(old: Path, tmp_path: Path, records: list[Record]) -> None:
     found = sources.resolve(str(old))
     assert found.name == "tars"
+    assert found.module.count(found.config) == 25
     assert [facts(record) for record in read(old)] == [facts(record) for record in records]
     manifest = shard(read(old), tmp_path / "new", WriteOptions(samples_per_shard=7))[""]
     assert (manifest.records, manifest.samples, len(manifest.shards)) == (25, 25, 4)
@@ -99,7 +100,7 @@ def test_splits_merging_and_patterns(tmp_path: Path) -> None:
             picture = {f"{name}{split}.png": draw(), f"{name}{split}.txt": b"a text"}
             (place / f"{name}.tar").write_bytes(tar(picture))
     found = sources.resolve(str(tmp_path / "set"))
-    assert found.name == "tars"
+    assert (found.name, found.module.count(found.config)) == ("tars", None)
     assert [(record.split, record.origin, record.source) for record in read(tmp_path / "set")] == [
         (split, f"{split}/{name}.tar#{name}{split}", "set") for split in ("train", "val") for name in ("a", "b")
     ]
@@ -177,4 +178,5 @@ def test_tars_in_an_object_store(old: Path, records: list[Record]) -> None:
         facts(record) for record in records
     ]
     assert len(found.module.fingerprint(found.config)) == 64
+    assert found.module.count(found.config) == 25
     assert len(read("memory://bucket/tars/00001.tar::memory://bucket/tars/00002.tar")) == 15
