@@ -27,17 +27,28 @@ class Fields(Protocol):
     """Options of a source that say which column means what; the names are those of the command line."""
 
     @property
-    def caption_col(self) -> tuple[str, ...]: ...  # noqa: D102
+    def caption_col(self) -> tuple[str, ...]:
+        """Columns with captions; empty = the usual names."""
+
     @property
-    def label_col(self) -> tuple[str, ...]: ...  # noqa: D102
+    def label_col(self) -> tuple[str, ...]:
+        """Columns with labels; empty = the usual names."""
+
     @property
-    def box_col(self) -> str | None: ...  # noqa: D102
+    def box_col(self) -> str | None:
+        """Column with boxes; None = the usual name."""
+
     @property
-    def columns(self) -> tuple[str, ...] | None: ...  # noqa: D102
+    def columns(self) -> tuple[str, ...] | None:
+        """Columns to pass through; None = all others."""
+
     @property
-    def template(self) -> str | None: ...  # noqa: D102
+    def template(self) -> str | None:
+        """Caption of a row that has a label only."""
+
     @property
-    def split_by(self) -> str | None: ...  # noqa: D102
+    def split_by(self) -> str | None:
+        """Column that names the split."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from data_pipelines.config import StrictModel
 from data_pipelines.errors import ConfigError, PipelineError
 from data_pipelines.packages import Package
 from data_pipelines.places import Place, place
-from data_pipelines.sources import idx, table
+from data_pipelines.sources import folder, idx, table
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,8 @@ def _recognise(source: str, modules: Mapping[str, ModuleType]) -> str:
 
 def _kind_of_folder(where: Place) -> str:
     children = where.children()
-    if _has_tar(children) or any(child.is_dir() and _has_tar(child.children()) for child in children):
+    folders = (child for child in children if not child.name.lower().endswith(folder.READ) and child.is_dir())
+    if _has_tar(children) or any(_has_tar(child.children()) for child in folders):
         return "tars"
     if any(idx.is_idx(child.name) for child in children):
         return "idx"
