@@ -178,7 +178,7 @@ def _read(table: _Table) -> Iterator[Found]:
             for row in READERS[table.suffix](stream):
                 yield row
                 number += 1
-    except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowException, ValueError) as error:
+    except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowException, ValueError, RecursionError) as error:
         raise PipelineError(
             f"{table.place}: damaged behind row {number}, or no such table as its name says: {error}"
         ) from error
