@@ -21,7 +21,7 @@ def data() -> None:
 
 
 @data.command()
-@click.argument("name", type=click.Choice(["starter", "emoji", "clipart", "towers"]))
+@click.argument("name", type=click.Choice(["starter", "emoji", "clipart", "fashion-mnist", "tuxpaint", "towers"]))
 @click.option("--dir", "folder", type=click.Path(path_type=Path), help="Folder of the packages.  [default: user cache]")
 @console.json_option
 def fetch(name: str, folder: Path | None, as_json: bool) -> None:

@@ -29,11 +29,12 @@ RESERVED = frozenset(
 class Record:
     """One picture with everything known about it, before it is written to a shard.
 
-    `image` is either the encoded bytes or a path they are read from later, so that millions of records cost little.
+    `image` is the encoded bytes, or what they are read from later, so that millions of records cost little: a path,
+    or a URL (http, https, or one that fsspec opens, such as s3://).
     The first caption is the picture's own; the others are alternatives for training.
     """
 
-    image: bytes | Path
+    image: bytes | Path | str
     captions: tuple[str, ...]
     source: str
     """Where the picture comes from (a vendor, a folder); a data recipe can select by it."""

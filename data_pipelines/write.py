@@ -23,9 +23,9 @@ from pydantic import Field, model_validator
 from data_pipelines import console
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import BadSample, ConfigError, PipelineError
+from data_pipelines.fetch import FetchOptions, read_bytes
 from data_pipelines.files import publish
 from data_pipelines.images import (
-    MAX_FILE_BYTES,
     MAX_PIXELS,
     EncodeFormat,
     ResizeMode,
@@ -62,6 +62,7 @@ class WriteOptions(StrictModel):
     oom_shard_count: int = Field(default=5, ge=1, le=18)
     """Digits of a shard's name."""
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
+    fetch: FetchOptions = FetchOptions()
     workers: int = Field(default=0, ge=0)
     """Threads for checking, resizing and encoding; 0 = one per core. Does not change a byte of the output."""
 
@@ -80,7 +81,7 @@ class WriteOptions(StrictModel):
 
     def recorded(self) -> dict[str, str | int | float | bool | None]:
         """The options that shape the output, for the manifest."""
-        return self.model_dump(exclude={"workers"})
+        return self.model_dump(exclude={"workers", "fetch"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +177,7 @@ def _prepare_all(records: Iterable[Record], options: WriteOptions) -> Iterator[t
 def prepare(record: Record, options: WriteOptions) -> _Prepared:
     """Read, hash, check, resize and encode one picture; what is wrong with it comes back as a value."""
     try:
-        data = _read(record.image)
+        data = read_bytes(record.image, options.fetch)
     except BadSample as error:
         return _Prepared(reason=error.reason, message=str(error), unread=True)
     digest = hashlib.sha256(data).hexdigest()
@@ -197,17 +198,6 @@ def prepare(record: Record, options: WriteOptions) -> _Prepared:
         return _Prepared(digest, encode(image, target, options.encode_quality), target, original, image.size)
     except BadSample as error:
         return _Prepared(digest, reason=error.reason, message=str(error))
-
-
-def _read(image: bytes | Path) -> bytes:
-    if isinstance(image, bytes):
-        return image
-    try:
-        if (size := image.stat().st_size) > MAX_FILE_BYTES:
-            raise BadSample("file_too_big", f"{size} bytes, limit {MAX_FILE_BYTES}")
-        return image.read_bytes()
-    except OSError as error:
-        raise BadSample("unreadable", error.strerror or str(error)) from error
 
 
 class _Folder:

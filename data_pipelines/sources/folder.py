@@ -15,11 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator
 
+from data_pipelines import rows
 from data_pipelines.config import StrictModel
-from data_pipelines.errors import BadSample, ConfigError, PipelineError
-from data_pipelines.records import RESERVED, Record
+from data_pipelines.errors import BadSample, PipelineError
+from data_pipelines.records import Record
 
 READ = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 UNREAD = (".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg")
@@ -27,7 +28,6 @@ UNREAD = (".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".
 
 MAX_SIDECAR_BYTES = 16 * 2**20
 Layout = Literal["captions", "classes"]
-Extra = dict[str, str | int | float | None]
 
 
 class Config(StrictModel):
@@ -39,13 +39,11 @@ class Config(StrictModel):
     template: str | None = None
     """Caption of a picture that has a label only, such as "a photo of a {label}"."""
 
-    @model_validator(mode="after")
-    def _has_place(self) -> "Config":
-        if self.template is not None and "{label}" not in self.template:
-            raise ConfigError(
-                f"template {self.template!r} has no {{label}} in it; write for example: a photo of a {{label}}"
-            )
-        return self
+    @field_validator("template")
+    @classmethod
+    def _has_place(cls, template: str | None) -> str | None:
+        rows.check_template(template)
+        return template
 
 
 @dataclass(frozen=True)
@@ -135,16 +133,16 @@ def _with_sidecars(config: Config, name: str, sidecars: set[str]) -> Record:
     stem = _stem(name)
     captions: list[str] = []
     labels: list[str] = []
-    extra: Extra = {}
+    extra: rows.Extra = {}
     problem = ""
     try:
         if f"{stem}.txt" in sidecars:
             captions += (line.strip() for line in _read(config.path / f"{stem}.txt").splitlines())
         if f"{stem}.json" in sidecars:
             columns = _read_json(config.path / f"{stem}.json")
-            captions += _texts(columns, "caption") + _texts(columns, "captions")
-            labels += _texts(columns, "label") + _texts(columns, "labels")
-            extra = _passthrough(columns)
+            captions += rows.gather(columns, ("caption", "captions"))
+            labels += rows.gather(columns, rows.LABELS)
+            extra = rows.passthrough(columns, rows.LABELS)
     except BadSample as error:
         problem = str(error)
     return _record(config, name, tuple(captions), tuple(labels), extra, problem)
@@ -156,11 +154,10 @@ def _source(config: Config) -> str:
 
 
 def _record(
-    config: Config, name: str, captions: tuple[str, ...], labels: tuple[str, ...], extra: Extra, problem: str
+    config: Config, name: str, captions: tuple[str, ...], labels: tuple[str, ...], extra: rows.Extra, problem: str
 ) -> Record:
     captions, labels = (tuple(dict.fromkeys(text for text in texts if text)) for texts in (captions, labels))
-    if labels and not captions and config.template:
-        captions = (config.template.replace("{label}", labels[0].replace("_", " ")),)
+    captions = captions or rows.templated(config.template, labels)
     if not captions and not labels and not problem:
         problem = f"no_caption: no caption in {_stem(name.rpartition('/')[2])}.txt or .json beside it, no class folder"
     return Record(
@@ -193,21 +190,3 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     if not isinstance(columns, dict):
         raise BadSample("bad_sidecar", f"{path.name} holds a JSON {type(columns).__name__}, expected an object")
     return columns
-
-
-def _texts(columns: Mapping[str, Any], name: str) -> list[str]:
-    value = columns.get(name)
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(item, str | int) for item in values):
-        raise BadSample("bad_sidecar", f"{name} must be text or a list of texts, got {value!r:.100}")
-    return [str(item).strip() for item in values]
-
-
-def _passthrough(columns: Mapping[str, Any]) -> Extra:
-    """Other values as columns: lists and objects as JSON text; what the writer computes anew is left out."""
-    columns = {name.encode("utf-8", "replace").decode(): value for name, value in columns.items()}
-    return {
-        name: value if value is None or isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)
-        for name, value in columns.items()
-        if name not in RESERVED and name not in ("label", "labels")
-    }

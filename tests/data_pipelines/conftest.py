@@ -1,10 +1,12 @@
-"""Folders of generated pictures that several test files read."""
+"""Folders of generated pictures and a web server that several test files use."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from data_pipelines.testing import draw
+from data_pipelines.fetch import close_idle
+from data_pipelines.testing import Web, draw, serve
 
 
 @pytest.fixture
@@ -18,3 +20,11 @@ def photos(tmp_path: Path) -> Path:
         (folder / f"p{number}.txt").write_text(f"picture {number}\nanother line {number}\n")
     (root / "lonely.jpg").write_bytes(draw(format="JPEG", seed=99))
     return root
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    """A web server on the loopback, without pages yet."""
+    with serve() as server:
+        yield server
+        close_idle()

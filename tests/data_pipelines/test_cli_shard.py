@@ -116,8 +116,11 @@ def test_a_folder_with_other_things_is_not_littered(photos: Path, tmp_path: Path
     ("arguments", "message"),
     [
         (["{tmp}/empty"], "no images among 0 files"),
-        (["{tmp}/nowhere"], "no such path, and no data set has this name; data sets are clipart, emoji, starter"),
-        (["{tmp}/photos", "--kind", "tars"], "kinds are clipart, emoji, folder, starter"),
+        (
+            ["{tmp}/nowhere"],
+            "no such path, and no data set has this name; data sets are clipart, emoji, ",
+        ),
+        (["{tmp}/photos", "--kind", "rar"], "kinds are clipart, coco, emoji, fashion-mnist, folder"),
         (["{tmp}/photos", "--template", "a {label}"], "template 'a {label}' has no effect"),
         (["{tmp}/photos", "--template", "a photo"], "template"),
         (["{tmp}/photos", "--resize-mode", "border"], "give both or neither"),
