@@ -89,6 +89,7 @@ class Shard:
         self.fetch, self._maps = fetch, maps or Maps()
         self._lock = threading.Lock()
         self._open: _Open | None = None
+        self._broken: ShardError | None = None
         self._count = info.samples if info else len(self._opened().contents.table)
 
     def __len__(self) -> int:
@@ -116,7 +117,7 @@ class Shard:
     def offset(self, row: int) -> int:
         """Byte of the tar where the first member of a sample begins."""
         places = self._opened().contents.table[row, 0::2]
-        return int(places[places > 0].min(initial=0))
+        return int(places[places > 0].min(initial=len(self._opened().data)))
 
     def source(self, row: int) -> str:
         """Source of the sample in position `row`, empty where its json does not say."""
@@ -171,7 +172,13 @@ class Shard:
         opened = self._open
         if opened is None:
             with self._lock:
-                opened = self._open or self._map()
+                if self._broken is not None:  # finding out again would cost as much for every sample
+                    raise self._broken
+                try:
+                    opened = self._open or self._map()
+                except ShardError as error:
+                    self._broken = error
+                    raise
                 self._open = opened
             self._maps.touch(self)
         return opened

@@ -114,8 +114,8 @@ def _add(samples: list[tuple[str, Members]], seen: set[str], member: str, where:
 
 
 def _good_headers(data: Data, heads: Table) -> tuple[NDArray[np.bool_], Table, NDArray[np.uint8]]:
-    """(checksum holds, size, whole header) for the headers at these offsets, all inside the file."""
-    blocks = np.frombuffer(data, np.uint8)[heads[:, None] + np.arange(BLOCK)]
+    """(checksum holds, size, whole header) for the headers at these offsets, whole blocks inside the file."""
+    blocks = np.frombuffer(data, np.uint8, len(data) // BLOCK * BLOCK).reshape(-1, BLOCK)[heads // BLOCK]
     stored, sizes = _octal(blocks[:, 148:156]), _octal(blocks[:, 124:136])
     sums = blocks.sum(axis=1, dtype=np.int64) - blocks[:, 148:156].sum(axis=1, dtype=np.int64) + 8 * ord(" ")
     return stored == sums, sizes, blocks
@@ -184,39 +184,28 @@ def contents(samples: Sequence[tuple[str, Members]]) -> Contents:
 def indexed(data: Data, index: Table) -> Contents | None:
     """Contents by the sidecar index, every header checked; None where headers and index do not belong together.
 
-    Members must follow each other without a gap from the first byte to the end mark, except for empty ones, which the
-    index does not list. A sample with a damaged header is marked, as long as most of the others agree with the index.
+    Members must follow each other without a gap from the first byte to the end mark. A sample with a damaged header is
+    marked, as long as most of the others agree with the index.
     """
-    offsets, sizes = index[:, 0::2], index[:, 1::2]
-    present = (sizes > 0) & (offsets >= BLOCK)
+    present = index[:, 0::2] > 0  # an empty member has a place, an absent one does not
     rows, columns = np.nonzero(present)
-    heads, claimed = offsets[rows, columns] - BLOCK, sizes[rows, columns]
+    heads, claimed = index[rows, 2 * columns] - BLOCK, index[rows, 2 * columns + 1]
     order = np.argsort(heads, kind="stable")
     heads, claimed, rows = heads[order], claimed[order], rows[order]
     ends = heads + BLOCK + -(-claimed // BLOCK) * BLOCK
-    begins = np.concatenate([[0], ends[:-1]])
-    gaps = heads - begins
-    if not len(heads) or ends[-1] + 2 * BLOCK > len(data) or (gaps < 0).any() or (gaps % BLOCK).any():
+    gapless = len(heads) and heads[0] == 0 and claimed.min() >= 0 and np.array_equal(heads[1:], ends[:-1])
+    if not gapless or not ends[-1] + 2 * BLOCK <= len(data) or data[int(ends[-1]) :].strip(b"\0"):
         return None
-    if gaps.sum() // BLOCK > len(index) * len(KINDS):
-        return None
-    empty = [np.arange(begins[i], heads[i], BLOCK) for i in np.flatnonzero(gaps)]
     right, found, blocks = _good_headers(data, heads)
     right &= (found == claimed) & ((blocks[:, 156] == ord("0")) | (blocks[:, 156] == 0))
     good = np.ones(len(index), dtype=bool)
     good[rows[~right]] = False
     good &= _one_stem(blocks, rows, len(index))
-    if good.mean() < 0.5 or not all(_all_empty(data, gap) for gap in empty) or data[int(ends[-1]) :].strip(b"\0"):
+    if good.mean() < 0.5:
         return None
-    table = np.full((len(index), 2 * len(KINDS)), -1, dtype=np.int64)
-    table[:, 1::2] = 0
-    table[:, : index.shape[1]] = np.where(np.repeat(present, 2, axis=1), index, np.tile([-1, 0], present.shape[1]))
+    table = np.tile(np.array([-1, 0], dtype=np.int64), (len(index), len(KINDS)))
+    table[:, : index.shape[1]] = np.where(np.repeat(present, 2, axis=1), index, table[:, : index.shape[1]])
     return Contents(table, None, good, Counter())
-
-
-def _all_empty(data: Data, heads: Table) -> bool:
-    right, sizes, _ = _good_headers(data, heads)
-    return bool(right.all() and not sizes.any())
 
 
 def _one_stem(blocks: NDArray[np.uint8], rows: Table, samples: int) -> NDArray[np.bool_]:
