@@ -32,7 +32,5 @@ def _columns(path: Path, names: tuple[str, ...]) -> list[list[object]]:
     try:
         table = pq.read_table(path, columns=list(names))
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise ConfigError(f"{path}: cannot be read as parquet ({error})") from error
-    if missing := set(names) - set(table.column_names):
-        raise ConfigError(f"{path}: lacks the column(s) {', '.join(sorted(missing))}; it has {table.column_names}")
+        raise ConfigError(f"{path}: cannot be read as a parquet with {', '.join(names)} ({error})") from error
     return [table.column(name).to_pylist() for name in names]
