@@ -20,7 +20,7 @@ from typing import IO
 
 import fsspec
 
-from data_pipelines.errors import ConfigError, ShardError
+from data_pipelines.errors import ConfigError, PipelineError, ShardError
 from data_pipelines.files import cache_dir, publish
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ STRIPES = 64
 PIPE = "pipe:"
 
 
-class Absent(ShardError):
+class Absent(PipelineError):
     """There is nothing at a location, or no client that could look."""
 
 
@@ -100,10 +100,10 @@ class DiskCache:
             try:
                 self._download(location, path, sha256)
                 break
-            except Absent:
+            except Absent as error:
                 if optional:
                     return
-                raise
+                raise ShardError(str(error)) from error
             except (OSError, ShardError) as error:
                 if attempt == TRIES - 1:
                     raise ShardError(f"{location}: cannot be fetched ({error})") from error

@@ -69,11 +69,16 @@ def without(extension: str, instead: str = "") -> Callable[[Members], Members]:
     ]
 
 
-def gray_npy(content: object) -> bytes:
-    """An npy member that needs pickle."""
+def pickle_bytes() -> bytes:
+    """Built by hand: the house imports no pickle."""
+    return b"\x80\x04K\x01."
+
+
+def object_npy() -> bytes:
+    """An npy member that needs pickle: an array of objects, its content built by hand."""
     buffer = io.BytesIO()
-    np.save(buffer, np.array([content], dtype=object), allow_pickle=True)
-    return buffer.getvalue()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|O", "fortran_order": False, "shape": (1,)})
+    return buffer.getvalue() + pickle_bytes()
 
 
 BAD_SAMPLES: dict[str, tuple[Callable[[Members], Members], set[str]]] = {
@@ -100,13 +105,8 @@ BAD_SAMPLES: dict[str, tuple[Callable[[Members], Members], set[str]]] = {
     "json bottomless": (put("json", b"[" * 100_000), {"bad_json"}),
     "captions no list of texts": (put("json", b'{"captions": [1, null]}'), {"bad_text"}),
     "class no number": (put("cls", b"cat"), {"bad_text"}),
-    "npy with pickle": (put("npy", gray_npy({"a": 1})), {"bad_text"}),
+    "npy with pickle": (put("npy", object_npy()), {"bad_text"}),
 }
-
-
-def pickle_bytes() -> bytes:
-    """Built by hand: the house imports no pickle."""
-    return b"\x80\x04K\x01."
 
 
 def write_tar(path: Path, members: Members, form: int = tarfile.USTAR_FORMAT) -> None:
@@ -163,10 +163,10 @@ def check_bad_samples(folder: Path, fault: str, rate: float, listed: bool, size:
     shards, per = size
     bad = set(np.random.default_rng(1).permutation(shards * per)[: max(1, round(rate * shards * per))].tolist())
     for shard in range(shards):
-        numbers = range(shard * per, (shard + 1) * per)
+        mine = range(shard * per, (shard + 1) * per)
         write_tar(
             folder / f"{shard:05}.tar",
-            [m for n in numbers for m in (change(sample(n)) if n in bad else sample(n))],
+            [m for n in mine for m in (change(sample(n)) if n in bad else sample(n))],
         )
     if listed:
         write_sidecars(folder)

@@ -13,7 +13,8 @@ from data_pipelines.plan import CYCLE, Part, Plan, rank_slice
 
 
 def epoch_ids(plan: Plan, epoch: int = 0) -> list[int]:
-    return np.concatenate([plan.batch(epoch * plan.steps + step) for step in range(plan.steps)]).tolist()
+    ids: list[int] = np.concatenate([plan.batch(epoch * plan.steps + step) for step in range(plan.steps)]).tolist()
+    return ids
 
 
 @pytest.mark.parametrize(

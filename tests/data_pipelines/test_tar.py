@@ -82,7 +82,7 @@ def test_the_walk_of_anything_ends_with_an_answer(content: bytes, repeat: bool) 
         assert len(walk_tar(head + content + bytes(1024) if repeat else content, "t")) <= 1
 
 
-def shard(count: int, seed: int = 0) -> tuple[bytes, np.ndarray]:  # type: ignore[type-arg]
+def shard(count: int, seed: int = 0) -> tuple[bytes, np.ndarray]:
     """A tar and index of our writer, some samples without caption, some with an empty one."""
     rng = np.random.default_rng(seed)
     buffer = io.BytesIO()
