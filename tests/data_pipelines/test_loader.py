@@ -157,6 +157,19 @@ def test_too_many_bad_samples_stop_the_job(tmp_path: Path, tokenizer: Tokenizer)
         list(itertools.islice(loader, 200))
 
 
+def test_more_than_one_percent_of_bad_samples_stop_the_job(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    folder = write_bad(tmp_path / "some", 294, 6)
+    patient = Loader(config(folder, batch_size=100, max_bad_share=0.05), tokenizer, seed=0)
+    for step in range(12):
+        patient.make_batch(step)
+    assert patient.ledger.quarantined.total() == 24
+    strict = Loader(config(folder, batch_size=100), tokenizer, seed=0)
+    with pytest.raises(
+        PipelineError, match=r"of 1[01]\d\d samples could not be used.*limit of 1\.0%.*last: .*Premature"
+    ):
+        list(itertools.islice(strict, 12))
+
+
 def test_a_failing_loader_ends_its_thread_and_raises_here(
     starter_shards: Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:

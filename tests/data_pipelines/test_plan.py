@@ -168,3 +168,38 @@ def test_millions_of_samples_are_planned_in_little_memory(tmp_path: Path, shards
     assert int(samples) == shards * 10_000
     assert int(kilobytes) < limit_mb * 1000
     assert torch == "False"
+
+
+SET_BIG = """
+import sys
+from pathlib import Path
+from data_pipelines.plan import Plan, rank_slice
+from data_pipelines.shard_set import ShardSet
+shards = ShardSet(sys.argv[1])
+plan = Plan(shards.sizes, 4096, seed=1, partitions=8)
+ids = [plan.batch(step, rank_slice(4096, 3, 8)) for step in range(0, plan.steps, 2000)]
+assert all(len({shards.original(number) for number in row.tolist()}) == 512 for row in ids)
+status = Path("/proc/self/status").read_text()
+peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+print(len(shards), peak, "torch" in sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_400_million_samples_on_disk_are_numbered_in_little_memory(tmp_path: Path) -> None:
+    """The whole reading side of one rank, before it opens a shard; the 40,000 files are sparse."""
+    infos = [{"name": f"{n:05}.tar", "samples": 10_000, "bytes": 10**9, "sha256": f"{n:064x}"} for n in range(40_000)]
+    for info in infos:
+        with (tmp_path / str(info["name"])).open("wb") as handle:
+            handle.truncate(10**9)
+    manifest = {
+        "kind": "folder", "source_digest": "", "records": 4 * 10**8, "samples": 4 * 10**8, "failures": {},
+        "sources": {}, "licences": {}, "options": {}, "shards": infos,
+    }  # fmt: skip
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    done = subprocess.run([sys.executable, "-c", SET_BIG, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    samples, kilobytes, torch = done.stdout.split()
+    assert int(samples) == 4 * 10**8
+    assert int(kilobytes) < 300_000
+    assert torch == "False"

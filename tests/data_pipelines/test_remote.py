@@ -1,8 +1,13 @@
 """Remote shards: fetched whole, once, verified, shared between processes, evicted by use; commands only by name."""
 
+import hashlib
+import io
+import itertools
+import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +16,11 @@ import fsspec
 import pytest
 
 from data_pipelines.errors import ConfigError, PipelineError, ShardError
+from data_pipelines.loader import DataConfig, Loader
 from data_pipelines.remote import CHUNK, DiskCache, allow
 from data_pipelines.shard_set import ShardSet
+from data_pipelines.testing import draw
+from data_pipelines.tokens import learn_tokenizer
 
 
 @pytest.fixture
@@ -142,3 +150,46 @@ def test_a_program_runs_only_if_the_recipe_names_it_and_never_through_a_shell(
     shards = ShardSet(f"pipe:cat {tar}", cache=DiskCache(tmp_path), pipe=("cat",))
     assert shards.read(5) == local(starter_shards).read(5)
     allow("s3://bucket", ())
+
+
+def test_a_rank_fetches_its_own_shards_ahead_of_time_and_no_others(tmp_path: Path) -> None:
+    """Eight remote shards in eight partitions, two ranks: each fetches four, before it reads the last of them."""
+    system = fsspec.filesystem("memory")
+    infos = []
+    for number in range(8):
+        content = io.BytesIO()
+        with tarfile.open(fileobj=content, mode="w") as tar:
+            for row in range(4):
+                for suffix, data in (("png", draw((8, 8), seed=row)), ("txt", b"words")):
+                    info = tarfile.TarInfo(f"{number}{row}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        system.pipe(f"/ahead/{number:05}.tar", content.getvalue())
+        digest = hashlib.sha256(content.getvalue()).hexdigest()
+        infos.append({"name": f"{number:05}.tar", "samples": 4, "bytes": len(content.getvalue()), "sha256": digest})
+    manifest = {
+        "kind": "folder", "source_digest": "", "records": 32, "samples": 32, "failures": {}, "sources": {},
+        "licences": {}, "options": {}, "shards": infos,
+    }  # fmt: skip
+    system.pipe("/ahead/manifest.json", json.dumps(manifest).encode())
+    tokenizer = learn_tokenizer(["some words"], vocab_size=300, context_length=8)
+    config = DataConfig.model_validate(
+        {
+            "train": "memory://ahead",
+            "batch_size": 8,
+            "partitions": 8,
+            "window": 1,
+            "image": {"size": 8},
+            "read_ahead": 2,
+        }
+    )
+    fetched = []
+    for rank in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VLP_CACHE", str(tmp_path / str(rank)))
+            loader = Loader(config, tokenizer, 0, rank, 2)
+            list(itertools.islice(loader, loader.plan.steps - 3))
+        fetched.append({path.parent.name for path in (tmp_path / str(rank)).rglob("*.tar")})
+    assert [len(found) for found in fetched] == [4, 4]
+    assert not fetched[0] & fetched[1]
+    system.rm("/ahead", recursive=True)
