@@ -162,6 +162,8 @@ class Loader:
         """Side of the training pictures at a step; a trainer that grows them sets it before the first batch."""
         self._weights = load_weights(config.weights) if config.weights else None
         self._columns = frozenset(config.captions.columns) | ({config.labels.column} if config.labels else frozenset())
+        self._drawn: dict[int, list[tuple[int, BadSample | None]]] = {}
+        """Step -> (sample id, why it cannot be used), until the step is settled."""
         self._cache: dict[tuple[int, int], Decoded] = {}
         self._cached_bytes = 0
 
@@ -205,14 +207,27 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         with ThreadPoolExecutor(self.config.threads) as pool, ThreadPoolExecutor(FETCHERS) as fetchers:
             steps = self._announced(count(self.step), fetchers)
-            for batch in _ahead(lambda: self.batches(steps, pool), self.config.prefetch):
+            for batch in _ahead(lambda: (self.make_batch(step, pool) for step in steps), self.config.prefetch):
+                self.settle(self.step)
                 self.step += 1
                 yield batch
 
-    def batches(self, steps: Iterable[int], pool: ThreadPoolExecutor | None = None) -> Iterator[Batch]:
+    def batches(self, steps: Iterable[int]) -> Iterator[Batch]:
         """Stage: this rank's part of the given global steps."""
         for step in steps:
-            yield self.make_batch(step, pool)
+            batch = self.make_batch(step)
+            self.settle(step)
+            yield batch
+
+    def settle(self, step: int) -> None:
+        """Enter the samples of a step into the ledger: it was handed out. Batches made ahead are not, until then."""
+        epoch = step // self.plan.steps
+        for sample_id, error in self._drawn.pop(step):
+            if error is None:
+                self.ledger.good(self.shards.names[self.shards.original(sample_id)[0]], epoch)
+            else:
+                self.ledger.bad(error, self.shards.place(sample_id), epoch)
+                self.ledger.substituted += 1
 
     def _announced(self, steps: Iterable[int], fetchers: ThreadPoolExecutor) -> Iterator[int]:
         """The steps, each after its remote shards and those of the next `read_ahead` steps were ordered."""
@@ -229,7 +244,7 @@ class Loader:
             yield step
 
     def make_batch(self, step: int, pool: ThreadPoolExecutor | None = None) -> Batch:
-        """This rank's part of global step `step`."""
+        """This rank's part of global step `step`; `settle` accounts for it."""
         drawn = self.draw(step, pool)
         plain = torch.stack([sample.pixels for sample in drawn.samples])
         views = [
@@ -270,13 +285,14 @@ class Loader:
         """Fetch the samples of a step and choose their texts. Raises PipelineError when too many are unusable."""
         ids = self.plan.batch(step, self.rows).tolist()
         found = list(pool.map(self.fetch, ids) if pool else map(self.fetch, ids))
+        self._drawn[step] = [
+            (sample_id, item if isinstance(item, BadSample) else None)
+            for sample_id, item in zip(ids, found, strict=True)
+        ]
         samples = []
         for place, item in enumerate(found):
             if isinstance(item, BadSample):
-                self.ledger.bad(item, self.shards.place(ids[place]), step // self.plan.steps)
                 ids[place], item = self._substitute(step, self.rows.start + place)
-            else:
-                self.ledger.good(self.shards.names[self.shards.original(ids[place])[0]], step // self.plan.steps)
             samples.append(item)
         rows = range(self.rows.start, self.rows.stop)
         first, *others = [
@@ -306,11 +322,10 @@ class Loader:
             sample_id = self.plan.substitute(step, row, attempt)
             item = self.fetch(sample_id)
             if isinstance(item, Decoded):
-                self.ledger.substituted += 1
                 return sample_id, item
         raise PipelineError(
-            f"row {row} of step {step}: {self.ledger.max_in_a_row} samples in a row could not be used "
-            f"({dict(self.ledger.quarantined)}): mend the shards"
+            f"row {row} of step {step}: {self.ledger.max_in_a_row} samples in a row could not be used; "
+            f"the last: {item}: mend the shards"
         )
 
     def fetch(self, sample_id: int) -> Decoded | BadSample:

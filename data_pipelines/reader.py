@@ -25,7 +25,7 @@ from data_pipelines.tar import BLOCK, KINDS, Contents, Data, contents, indexed, 
 log = logging.getLogger(__name__)
 
 OPEN_SHARDS = 64
-"""Shards that are kept mapped; the one used longest ago is closed first."""
+"""Shards that are kept mapped; the one opened longest ago is closed first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ def open_remote(location: str) -> Iterator[IO[bytes]]:
             stream = fsspec.open(location, "rb").open()
         except FileNotFoundError as error:
             raise Absent(f"{location}: is not there") from error
-        except ImportError as error:
+        except (ImportError, ValueError) as error:  # no client for s3, or no such protocol
             raise Absent(f"{location}: {error}") from error
         with stream:
             yield stream

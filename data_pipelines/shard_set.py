@@ -64,7 +64,7 @@ class ShardSet:
         self.digest = _digest([groups[text][1] for text in weighted])
         keys = None if keep is None else load_keys(keep)
         self._rows = [_select(shard, sources, keys) for shard in self.shards]
-        if self.shards and not any(map(len, self._rows)):
+        if (sources is not None or keys is not None) and not any(map(len, self._rows)):
             raise PipelineError(
                 f"data.sources={dict(sources or {})}, data.keep={keep}: no sample of {list(weighted)} is selected"
             )

@@ -122,6 +122,7 @@ class FeatureLoader:
     def __iter__(self) -> Iterator[Batch]:
         while True:
             batch = self._batch(self.loader.step)
+            self.loader.settle(self.loader.step)
             self.loader.step += 1
             yield batch
 

@@ -316,7 +316,7 @@ def check_bad_shards(folder: Path, damage: Callable[[Path, Path], None], count: 
         return
     lost = set(range(shards * per)) - set(numbers)
     assert lost, "the fault passed unseen"
-    assert ledger.quarantined.total() >= len(lost) - (damage is wrong_count)
+    assert ledger.quarantined.total() >= len(lost) - count * (damage is wrong_count)
     damaged = {f"{folder.name}/{path.name}" for path in (*paths[:count], *paths[-1:])}
     assert {item.place.shard for item in ledger.records.values()} <= damaged
     assert len(numbers) + ledger.quarantined.total() == ledger.seen

@@ -4,11 +4,13 @@ import io
 import itertools
 import shutil
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import webdataset as wds
 
 from data_pipelines.augment import AugmentConfig
 from data_pipelines.batch import Batch
@@ -121,7 +123,7 @@ def write_bad(folder: Path, good: int, bad: int) -> Path:
 
 def test_bad_samples_are_counted_and_their_places_filled(tmp_path: Path, tokenizer: Tokenizer) -> None:
     loader = Loader(config(write_bad(tmp_path / "few", 38, 2), batch_size=20), tokenizer, seed=0)
-    batches = [loader.make_batch(step) for step in range(4)]
+    batches = list(itertools.islice(loader, 4))
     assert [len(batch.keys) for batch in batches] == [20] * 4, "every rank holds equally many, whatever is bad"
     assert not {"0000", "0001"} & {key for batch in batches for key in batch.keys}
     report = loader.ledger.report()
@@ -141,9 +143,7 @@ def test_substitutes_are_the_same_for_any_number_of_ranks(tmp_path: Path, tokeni
     folder = write_bad(tmp_path / "few", 50, 10)
     whole = Loader(config(folder, batch_size=20), tokenizer, seed=0)
     halves = [Loader(config(folder, batch_size=20), tokenizer, 0, rank, 2) for rank in range(2)]
-    for step in range(5):
-        left, right = (half.make_batch(step) for half in halves)
-        expected = whole.make_batch(step)
+    for left, right, expected in itertools.islice(zip(*halves, whole, strict=True), 5):
         assert left.keys + right.keys == expected.keys
         assert torch.equal(torch.cat([left.pixels, right.pixels]), expected.pixels)
         assert len(left.keys) == len(right.keys)
@@ -160,8 +160,7 @@ def test_too_many_bad_samples_stop_the_job(tmp_path: Path, tokenizer: Tokenizer)
 def test_more_than_one_percent_of_bad_samples_stop_the_job(tmp_path: Path, tokenizer: Tokenizer) -> None:
     folder = write_bad(tmp_path / "some", 294, 6)
     patient = Loader(config(folder, batch_size=100, max_bad_share=0.05), tokenizer, seed=0)
-    for step in range(12):
-        patient.make_batch(step)
+    assert len(list(itertools.islice(patient, 12))) == 12
     assert patient.ledger.quarantined.total() == 24
     strict = Loader(config(folder, batch_size=100), tokenizer, seed=0)
     with pytest.raises(
@@ -224,3 +223,12 @@ def test_a_source_may_appear_several_times_in_an_epoch(starter_shards: Path, tok
     once = Loader(config(starter_shards / "val", sources={"google": 1, "twitter": 1}), tokenizer, seed=0)
     more = Loader(config(starter_shards / "val", sources={"google": 2, "twitter": 1}), tokenizer, seed=0)
     assert more.plan.samples == once.plan.samples * 3 / 2
+
+
+def test_batches_come_out_of_a_webdataset_pipeline_too(starter_shards: Path, tokenizer: Tokenizer) -> None:
+    loader = Loader(config(starter_shards / "val"), tokenizer, seed=3)
+    piped = list(wds.DataPipeline(partial(iter, range(5, 8)), loader.batches))
+    again = Loader(config(starter_shards / "val"), tokenizer, seed=3)
+    again.load_state_dict({**again.state_dict(), "step": 5})
+    assert len(piped) == 3
+    assert all(same(a, b) for a, b in zip(piped, itertools.islice(again, 3), strict=True))

@@ -69,6 +69,8 @@ def test_what_arrives_must_be_what_the_manifest_says(bucket: str, tmp_path: Path
 def test_a_missing_manifest_or_shard_says_what_to_do(bucket: str, tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="list the tars"):
         ShardSet("memory://nowhere", cache=DiskCache(tmp_path))
+    with pytest.raises(PipelineError, match="Protocol not known"):
+        ShardSet("nonsense://bucket", cache=DiskCache(tmp_path))
     with pytest.raises(ShardError, match=r"memory://bucket/7\.tar: is not there"):
         ShardSet(f"{bucket}/7.tar", cache=DiskCache(tmp_path))
 
