@@ -269,7 +269,11 @@ def train(recipe: Recipe, folder: Path, resume: bool = False, show: bool = True)
                 run.loader.fill(advance)
             run.seconds += time.perf_counter() - begun
         with _signals() as received:
-            _loop(run, runlog, received, show and lead)
+            try:
+                _loop(run, runlog, received, show and lead)
+            finally:  # also when too many bad samples stop the run: it says which
+                name = "ledger.json" if lead else f"ledger-rank{distributed.rank()}.json"
+                runlog.write(name, run.loader.ledger.report())
         distributed.leave()
     return _finish(run, runlog) if lead else {}
 
@@ -343,7 +347,6 @@ def _finish(run: Run, runlog: RunLog) -> dict[str, Any]:
         "quarantined": dict(ledger.quarantined),
         "bundle": str(bundle),
     }
-    runlog.write("ledger.json", ledger.report())
     runlog.write("summary.json", summary)
     return summary
 
