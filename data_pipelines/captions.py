@@ -1,21 +1,39 @@
 """Which words stand beside a picture in a training step: its own caption, an alternative, or some of its labels.
 
-The draw is arithmetic on random numbers handed in, so that it does not depend on ranks or threads.
+Every draw is arithmetic on random numbers handed in, so that it does not depend on ranks or threads.
 """
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import ConfigError
 
 DRAWS = 3
 """Random numbers in [0, 1) that one choice takes."""
+SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+")
+
+
+class EdaConfig(StrictModel):
+    """Easy data augmentation of texts (Wei and Zou 2019, arXiv 1901.11196), without the synonyms: no word list."""
+
+    first: float = Field(0.0, ge=0, le=1)
+    """Probability that the text itself is changed."""
+    extra: float = Field(1.0, ge=0, le=1)
+    """Probability that a further text of `data.texts` is changed."""
+    swap: float = Field(0.1, ge=0, le=1)
+    """Swaps of two words, as a share of the words."""
+    delete: float = Field(0.1, ge=0, le=1)
+    """Probability that a word goes; one always stays."""
+    insert: float = Field(0.1, ge=0, le=1)
+    """Words of the text put in again at another place, as a share of the words."""
 
 
 class CaptionConfig(StrictModel):
@@ -30,11 +48,18 @@ class CaptionConfig(StrictModel):
     max_labels: int = 3
     prompt: str = "{}"
     """Template around the text."""
+    columns: dict[str, float] = {}
+    """Column of the json member -> weight: the own caption is one of those the sample has; `caption` is its first."""
+    sentence: float = Field(0.0, ge=0, le=1)
+    """Probability that one sentence of the own caption stands for the whole."""
+    eda: EdaConfig | None = None
 
     @model_validator(mode="after")
     def _shares(self) -> "CaptionConfig":
         if not 0 <= self.alternative + self.labels + self.with_labels <= 1:
             raise ConfigError("data.captions: alternative + labels + with_labels must lie between 0 and 1")
+        if any(weight <= 0 for weight in self.columns.values()):
+            raise ConfigError(f"data.captions.columns: the weights {self.columns} must be positive")
         return self
 
 
@@ -51,6 +76,43 @@ def choose_phrases(
     order = np.random.default_rng(int(draws[2] * 2**53)).permutation(len(labels))[:count]
     chosen = tuple(labels[i] for i in order)
     return chosen if kind < config.alternative + config.labels else (captions[0], *chosen)
+
+
+def own_caption(captions: tuple[str, ...], columns: Mapping[str, Any], config: CaptionConfig, draw: float) -> str:
+    """The caption of a sample by the weights of `config.columns`. `draw`: a number in [0, 1)."""
+    first = {"caption": captions[0]} if captions else {}
+    texts = {name: value for name, value in (first | dict(columns)).items() if isinstance(value, str) and value}
+    found = [(texts[name], weight) for name, weight in config.columns.items() if name in texts]
+    if not found:
+        return captions[0] if captions else next(iter(texts.values()))
+    bounds = np.cumsum([weight for _, weight in found])
+    return found[int(np.searchsorted(bounds, draw * bounds[-1], "right"))][0]
+
+
+def one_sentence(text: str, share: float, draws: NDArray[np.float64]) -> str:
+    """One sentence of a text with probability `share`, else all of it. `draws`: two numbers in [0, 1)."""
+    sentences = [part for part in SENTENCE_END.split(text.strip()) if part]
+    return sentences[int(draws[1] * len(sentences))] if draws[0] < share and sentences else text
+
+
+def eda(text: str, config: EdaConfig, generator: np.random.Generator) -> str:
+    """A text with words swapped, deleted and repeated elsewhere."""
+    words = text.split()
+    if len(words) < 2:
+        return text
+    for _ in range(_count(config.swap, len(words))):
+        a, b = generator.choice(len(words), 2, replace=False)
+        words[a], words[b] = words[b], words[a]
+    for word in generator.choice(words, _count(config.insert, len(words))).tolist():
+        words.insert(int(generator.integers(len(words) + 1)), word)
+    stay = generator.random(len(words)) >= config.delete
+    stay[generator.integers(len(words))] = True
+    return " ".join(word for word, there in zip(words, stay, strict=True) if there)
+
+
+def _count(share: float, words: int) -> int:
+    """Words that a share of them makes: at least one, as in the paper."""
+    return max(1, round(share * words)) if share else 0
 
 
 def compose(phrases: tuple[str, ...], config: CaptionConfig) -> str:

@@ -1,30 +1,44 @@
 """make_loader(cfg): an endless iterator of training batches whose position is one integer."""
 
+import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from data_pipelines.augment import AugmentConfig, augment
 from data_pipelines.batch import Batch
-from data_pipelines.captions import DRAWS, CaptionConfig, choose_phrases, compose, pad_ids
+from data_pipelines.captions import CaptionConfig, pad_ids
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import BadSample, ConfigError, PipelineError
+from data_pipelines.files import sha256_file
 from data_pipelines.images import MAX_PIXELS
-from data_pipelines.plan import Ids, Plan, rank_slice
+from data_pipelines.keep import load_weights
+from data_pipelines.labels import LabelConfig, label_fields
+from data_pipelines.ledger import Ledger
+from data_pipelines.plan import Plan, rank_slice
 from data_pipelines.preprocess import ImageConfig
-from data_pipelines.records import MANIFEST, manifest_digest
-from data_pipelines.stream import Decoded, Ledger, ShardSet, decode
+from data_pipelines.remote import DiskCache
+from data_pipelines.shard_set import ShardSet, Train
+from data_pipelines.stream import Decoded, decode
+from data_pipelines.texts import draw_texts
 from data_pipelines.tokens import Tokenizer
 
-CAPTIONS, PICTURES, VIEWS = 11, 12, 13
-"""Purposes of the random numbers of a step."""
+PICTURES, VIEWS = 12, 13
+"""Purposes of the random numbers of a step; others are in texts.py and plan.py."""
+FURTHER = 32
+"""Purposes from here on belong to further views and texts: FURTHER x their number is added."""
+FETCHERS = 2
+"""Remote shards fetched at a time."""
 KNOWN = 48
 """Captions and labels of a sample that the false-negative mask knows; further ones are left out."""
 
@@ -32,28 +46,60 @@ KNOWN = 48
 class DataConfig(StrictModel):
     """Training data of a recipe."""
 
-    train: Path
-    """Folder of shards."""
+    train: Train
+    """Folder of shards, tars or URLs, several joined by `::` and with {a..b}; or {such a text: weight}, a mixture."""
     sources: dict[str, int] | None = None
     """Source -> how often each of its samples appears in an epoch; others are left out. Default: all once."""
+    keep: Path | None = None
+    """Keep-list: only samples whose keys it names are used (text, one key per line; or parquet, column `key`)."""
+    weights: Path | None = None
+    """Parquet with columns `key` and `weight`, for the batch field `weight`; a key it lacks counts 1."""
+    labels: LabelConfig | None = None
+    """Fills the batch fields `label_ids` and `multi_labels`."""
     batch_size: int = 256
     """Global batch, over all ranks."""
     image: ImageConfig = ImageConfig()
     augment: AugmentConfig = AugmentConfig()
     captions: CaptionConfig = CaptionConfig()
-    window: int = 16
+    views: int = Field(1, ge=1)
+    """Augmented views of each picture; those after the first are the batch field `views`."""
+    texts: int = Field(1, ge=1)
+    """Texts drawn for each picture; those after the first are the batch field `extra_tokens`."""
+    window: int = Field(16, ge=1)
     """Shards whose samples are mixed with each other."""
-    threads: int = 2
+    partitions: int = Field(1, ge=1)
+    """Equal runs of the data that every batch draws from; ranks that divide them read only their own shards."""
+    group_by_length: int = Field(0, ge=0)
+    """So many batches are sorted by the bytes of their captions and cut anew, so that texts pad little; 0 = off."""
+    threads: int = Field(2, ge=1)
     """Decoding threads per rank."""
-    prefetch: int = 2
+    prefetch: int = Field(2, ge=1)
     """Batches made ahead."""
     cache_mb: int = 1024
     """Memory for decoded pictures, per rank; a data set that fits is decoded once."""
     cached_views: int = 4
     """With both trunks frozen: views of every picture whose features are computed once, the plain one included."""
+    disk_cache_gb: float = Field(100.0, gt=0)
+    """Disk for remote shards, shared by all processes of the machine."""
+    read_ahead: int = Field(64, ge=0)
+    """Steps ahead whose remote shards are fetched."""
+    pipe: tuple[str, ...] = ()
+    """Programs that `pipe:` locations may run, by name."""
     max_pixels: int = MAX_PIXELS
     max_bad_share: float = 0.01
     """The run stops when a larger share of the samples cannot be used."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+
+FREE = {
+    "train", "batch_size", "partitions", "threads", "prefetch", "cache_mb", "disk_cache_gb", "read_ahead", "pipe",
+    "max_bad_share",
+}  # fmt: skip
+"""Settings that a resumed run may change, or whose content the state holds in another form."""
 
 
 class LoaderState(TypedDict):
@@ -62,19 +108,30 @@ class LoaderState(TypedDict):
     step: int
     seed: int
     batch_size: int
+    partitions: int
     data: str
+    """Digest of the manifests."""
+    settings: dict[str, Any]
+    """Options that decide what a batch holds; files by their sha256."""
+
+
+def open_set(config: DataConfig) -> ShardSet:
+    """The samples of a recipe's training data."""
+    cache = DiskCache(limit=int(config.disk_cache_gb * 2**30))
+    return ShardSet(config.train, config.sources, config.keep, cache, config.pipe)
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The samples of one step on this rank and the text chosen for each."""
+    """The samples of one step on this rank and the texts chosen for each."""
 
-    ids: Ids
-    """Sample ids of the whole global batch."""
-    rows: list[int]
-    """Positions of this rank's usable samples in `ids`; they select the samples' random numbers."""
+    ids: list[int]
+    """Sample ids; where a sample was unusable, that of its substitute."""
+    rows: range
+    """Positions in the global batch; they select the samples' random numbers."""
     samples: list[Decoded]
     texts: list[str]
+    extra_texts: list[list[str]]
     known: Tensor
     """B x KNOWN numbers of all phrases of a sample."""
     chosen: Tensor
@@ -85,14 +142,28 @@ class Loader:
     """Iterator of (this rank's part of) global batches. Holds the position and the cache of decoded pictures."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, seed: int, rank: int = 0, world: int = 1) -> None:
-        """Opens the shards; reads no picture yet."""
-        self.config, self.tokenizer, self.rank, self.world = config, tokenizer, rank, world
-        self.shards = ShardSet([config.train], config.sources)
-        self.plan = Plan(self.shards.sizes, config.batch_size, seed, window=config.window)
+        """Finds the shards; opens none that a manifest vouches for. Raises ConfigError, PipelineError."""
+        self.config, self.tokenizer = config, tokenizer
+        self.rows = rank_slice(config.batch_size, rank, world)
+        self.shards = open_set(config)
+        self.plan = Plan(
+            self.shards.sizes,
+            config.batch_size,
+            seed,
+            config.window,
+            config.partitions,
+            self.shards.parts,
+            self.shards.text_lengths,
+            config.group_by_length,
+        )
         self.ledger = Ledger(config.max_bad_share)
         self.step = 0
         self.side_at: Callable[[int], int] = lambda _: config.image.size
         """Side of the training pictures at a step; a trainer that grows them sets it before the first batch."""
+        self._weights = load_weights(config.weights) if config.weights else None
+        self._columns = frozenset(config.captions.columns) | ({config.labels.column} if config.labels else frozenset())
+        self._drawn: dict[int, list[tuple[int, BadSample | None]]] = {}
+        """Step -> (sample id, why it cannot be used), until the step is settled."""
         self._cache: dict[tuple[int, int], Decoded] = {}
         self._cached_bytes = 0
 
@@ -102,77 +173,159 @@ class Loader:
             "step": self.step,
             "seed": self.plan.seed,
             "batch_size": self.plan.batch_size,
-            "data": data_digest(self.config.train),
+            "partitions": self.plan.partitions,
+            "data": self.shards.digest,
+            "settings": self._settings,
         }
 
     def load_state_dict(self, state: LoaderState) -> None:
-        """Continue where `state` was taken. Raises ConfigError, showing the difference, when the data differs."""
-        mine = self.state_dict()
+        """Continue where `state` was taken. Raises ConfigError, showing the difference, if batches would differ."""
+        before, now = _flat(state), _flat(self.state_dict())
         different = [
-            f"{key}: checkpoint {state[key]}, now {mine[key]}"
-            for key in ("seed", "batch_size", "data")
-            if state[key] != mine[key]
+            f"{key}: checkpoint {before.get(key)}, now {now.get(key)}"
+            for key in sorted(before.keys() | now.keys())
+            if key != "step" and before.get(key) != now.get(key)
         ]
         if different:
             raise ConfigError("cannot resume, the data is not the same: " + "; ".join(different))
         self.step = state["step"]
 
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        config = self.config
+        settings = config.model_dump(mode="json", exclude=FREE)
+        if len(self.shards.parts) > 1:
+            settings["mixture"] = [part.weight for part in self.shards.parts]
+        for name, path in (("keep", config.keep), ("weights", config.weights)):
+            settings[name] = sha256_file(path) if path else None
+        if config.labels:
+            settings["labels"]["names"] = hashlib.sha256(
+                repr(sorted(config.labels.numbers.items())).encode()
+            ).hexdigest()
+        return settings
+
     def __iter__(self) -> Iterator[Batch]:
-        with ThreadPoolExecutor(self.config.threads) as pool:
-            for batch in _ahead(lambda: self._produce(pool, self.step), self.config.prefetch):
+        with ThreadPoolExecutor(self.config.threads) as pool, ThreadPoolExecutor(FETCHERS) as fetchers:
+            steps = self._announced(count(self.step), fetchers)
+            for batch in _ahead(lambda: (self.make_batch(step, pool) for step in steps), self.config.prefetch):
+                self.settle(self.step)
                 self.step += 1
                 yield batch
 
-    def _produce(self, pool: ThreadPoolExecutor, step: int) -> Iterator[Batch]:
-        while True:
-            yield self.make_batch(step, pool)
-            step += 1
+    def batches(self, steps: Iterable[int]) -> Iterator[Batch]:
+        """Stage: this rank's part of the given global steps."""
+        for step in steps:
+            batch = self.make_batch(step)
+            self.settle(step)
+            yield batch
+
+    def settle(self, step: int) -> None:
+        """Enter the samples of a step into the ledger: it was handed out. Batches made ahead are not, until then."""
+        epoch = step // self.plan.steps
+        for sample_id, error in self._drawn.pop(step):
+            if error is None:
+                self.ledger.good(self.shards.names[self.shards.original(sample_id)[0]], epoch)
+            else:
+                self.ledger.bad(error, self.shards.place(sample_id), epoch)
+                self.ledger.substituted += 1
+
+    def _announced(self, steps: Iterable[int], fetchers: ThreadPoolExecutor) -> Iterator[int]:
+        """The steps, each after its remote shards and those of the next `read_ahead` steps were ordered."""
+        ordered = -1
+        recent: set[int] = set()
+        for step in steps:
+            if any(shard.fetch for shard in self.shards.shards):
+                for ahead in range(max(step, ordered + 1), step + self.config.read_ahead + 1):
+                    wanted = set(self.plan.shards(ahead, self.rows))
+                    for number in sorted(wanted - recent):
+                        if fetch := self.shards.shards[number].fetch:
+                            fetchers.submit(fetch)
+                    recent, ordered = wanted, ahead
+            yield step
 
     def make_batch(self, step: int, pool: ThreadPoolExecutor | None = None) -> Batch:
-        """This rank's part of global step `step`."""
+        """This rank's part of global step `step`; `settle` accounts for it."""
         drawn = self.draw(step, pool)
-        pixels = augment(
-            torch.stack([sample.pixels for sample in drawn.samples]),
-            self.config.augment,
-            self.plan.generator(step, PICTURES),
-            total=len(drawn.ids),
-            rows=drawn.rows,
-            side=self.side_at(step),
-        )
+        plain = torch.stack([sample.pixels for sample in drawn.samples])
+        views = [
+            augment(
+                plain,
+                self.config.augment,
+                self.plan.generator(step, PICTURES + FURTHER * view),
+                total=self.config.batch_size,
+                rows=drawn.rows,
+                side=self.side_at(step),
+            )
+            for view in range(self.config.views)
+        ]
         return Batch(
             keys=tuple(sample.key for sample in drawn.samples),
-            pixels=pixels,
+            pixels=views[0],
             tokens=self.tokenizer(drawn.texts),
+            views=tuple(views[1:]) or None,
+            extra_tokens=tuple(self.tokenizer(texts) for texts in drawn.extra_texts) or None,
             phrase_ids=drawn.known,
             text_phrase_ids=drawn.chosen,
+            **self.fields(drawn),
         )
 
+    def fields(self, drawn: Drawn) -> dict[str, Any]:
+        """Labels, weights and parts of the mixture, as far as the configuration asks for them."""
+        found: dict[str, Any] = {}
+        if self.config.labels:
+            found |= label_fields(drawn.samples, self.config.labels)
+        if self._weights is not None:
+            found["weight"] = torch.tensor([self._weights.get(sample.key, 1.0) for sample in drawn.samples])
+        if len(self.shards.parts) > 1:
+            numbers = [self.shards.part(self.shards.original(sample_id)[0]) for sample_id in drawn.ids]
+            found["source_ids"] = torch.tensor(numbers)
+        return found
+
     def draw(self, step: int, pool: ThreadPoolExecutor | None = None) -> Drawn:
-        """Fetch the samples of a step and choose their captions. Raises PipelineError when too many are unusable."""
-        ids = self.plan.batch(step)
-        part = rank_slice(ids, self.rank, self.world)
-        wanted = ids[part].tolist()
-        found = list(pool.map(self.fetch, wanted) if pool else map(self.fetch, wanted))
-        rows, samples = [], []
-        for row, item in enumerate(found, start=part.start):
+        """Fetch the samples of a step and choose their texts. Raises PipelineError when too many are unusable."""
+        ids = self.plan.batch(step, self.rows).tolist()
+        found = list(pool.map(self.fetch, ids) if pool else map(self.fetch, ids))
+        self._drawn[step] = [
+            (sample_id, item if isinstance(item, BadSample) else None)
+            for sample_id, item in zip(ids, found, strict=True)
+        ]
+        samples = []
+        for place, item in enumerate(found):
             if isinstance(item, BadSample):
-                self.ledger.bad(item)
-            else:
-                self.ledger.good()
-                rows.append(row)
-                samples.append(item)
-        if not samples:
-            raise PipelineError(f"no sample of step {step} could be used: {dict(self.ledger.quarantined)}")
-        draws = self.plan.generator(step, CAPTIONS).random((len(ids), DRAWS))[rows]
-        captions = self.config.captions
-        chosen = [choose_phrases(s.captions, s.labels, captions, d) for s, d in zip(samples, draws, strict=True)]
+                ids[place], item = self._substitute(step, self.rows.start + place)
+            samples.append(item)
+        rows = range(self.rows.start, self.rows.stop)
+        first, *others = [
+            draw_texts(
+                samples,
+                rows,
+                self.config.batch_size,
+                self.config.captions,
+                lambda purpose, number=number: self.plan.generator(step, purpose + FURTHER * number),  # type: ignore[misc]
+                further=number > 0,
+            )
+            for number in range(self.config.texts)
+        ]
         return Drawn(
             ids=ids,
             rows=rows,
             samples=samples,
-            texts=[compose(phrases, captions) for phrases in chosen],
-            known=torch.from_numpy(pad_ids([(*sample.captions, *sample.labels) for sample in samples], KNOWN)),
-            chosen=torch.from_numpy(pad_ids(chosen, captions.max_labels + 1)),
+            texts=first.texts,
+            extra_texts=[other.texts for other in others],
+            known=torch.from_numpy(pad_ids(first.known, KNOWN)),
+            chosen=torch.from_numpy(pad_ids(first.phrases, self.config.captions.max_labels + 1)),
+        )
+
+    def _substitute(self, step: int, row: int) -> tuple[int, Decoded]:
+        """A usable sample for the place of an unusable one, so that all ranks hold equally many."""
+        for attempt in range(self.ledger.max_in_a_row):
+            sample_id = self.plan.substitute(step, row, attempt)
+            item = self.fetch(sample_id)
+            if isinstance(item, Decoded):
+                return sample_id, item
+        raise PipelineError(
+            f"row {row} of step {step}: {self.ledger.max_in_a_row} samples in a row could not be used; "
+            f"the last: {item}: mend the shards"
         )
 
     def fetch(self, sample_id: int) -> Decoded | BadSample:
@@ -182,7 +335,7 @@ class Loader:
         if cached is not None:
             return cached
         try:
-            sample = decode(self.shards.read(sample_id), self.config.image, self.config.max_pixels)
+            sample = decode(self.shards.read(sample_id), self.config.image, self.config.max_pixels, self._columns)
         except BadSample as error:
             return error
         size = sample.pixels.numel()
@@ -197,11 +350,15 @@ def make_loader(config: DataConfig, tokenizer: Tokenizer, seed: int, rank: int =
     return Loader(config, tokenizer, seed, rank, world)
 
 
-def data_digest(folder: Path) -> str:
-    """What identifies the data: the manifest's sha256, else names and sizes of the shards."""
-    if (folder / MANIFEST).is_file():
-        return manifest_digest(folder)
-    return ",".join(f"{path.name}:{path.stat().st_size}" for path in sorted(folder.glob("*.tar")))
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}".removeprefix("settings.")] = value
+    return flat
 
 
 def _ahead(produce: Callable[[], Iterator[Batch]], depth: int) -> Iterator[Batch]:

@@ -14,10 +14,10 @@ from data_pipelines.config import StrictModel
 from data_pipelines.errors import BadSample, PipelineError
 from data_pipelines.files import sha256_file, write_atomic
 from data_pipelines.images import MAX_PIXELS
+from data_pipelines.ledger import Ledger
 from data_pipelines.preprocess import load_image
 from data_pipelines.reader import Sample, Shard, open_shards
 from data_pipelines.records import MANIFEST
-from data_pipelines.stream import Ledger
 from vlp.bundle import WEIGHTS, Bundle, find_bundle
 from vlp.embed_files import INFO, EmbedInfo, metadata_table, own_caption, read_embed_info
 from vlp.infer import encode_pixels, encode_texts

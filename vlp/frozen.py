@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from data_pipelines.augment import AugmentConfig, augment
 from data_pipelines.batch import Batch
 from data_pipelines.console import Advance
+from data_pipelines.errors import ConfigError
 from data_pipelines.loader import VIEWS, Loader, LoaderState
 from data_pipelines.preprocess import normalise
 from data_pipelines.stream import Decoded
@@ -54,6 +55,10 @@ class FeatureLoader:
 
     def __init__(self, loader: Loader, model: Any, device: torch.device) -> None:
         """Computes nothing yet; `fill` does."""
+        if loader.config.views > 1 or loader.config.texts > 1:
+            raise ConfigError(
+                "data.views and data.texts above 1 have no effect with both trunks frozen: leave them out"
+            )
         self.loader, self.plan, self.ledger = loader, loader.plan, loader.ledger
         self._model, self._device = model, device
         self._images: dict[tuple[int, int], Tensor] = {}
@@ -117,13 +122,14 @@ class FeatureLoader:
     def __iter__(self) -> Iterator[Batch]:
         while True:
             batch = self._batch(self.loader.step)
+            self.loader.settle(self.loader.step)
             self.loader.step += 1
             yield batch
 
     def _batch(self, step: int) -> Batch:
         drawn = self.loader.draw(step)
-        views = self.plan.generator(step, VIEWS).random(len(drawn.ids))
-        images = [self._images[self.loader.shards.original(int(drawn.ids[row]))] for row in drawn.rows]
+        views = self.plan.generator(step, VIEWS).random(self.plan.batch_size)
+        images = [self._images[self.loader.shards.original(sample_id)] for sample_id in drawn.ids]
         chosen = [table[int(views[row] * len(table))] for table, row in zip(images, drawn.rows, strict=True)]
         return Batch(
             keys=tuple(sample.key for sample in drawn.samples),
@@ -133,4 +139,5 @@ class FeatureLoader:
             text_phrase_ids=drawn.chosen,
             image_features=torch.stack(chosen).clone(),
             text_features=self._embed(drawn.texts).clone(),
+            **self.loader.fields(drawn),
         )

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from data_pipelines.images import MAX_PIXELS
-from data_pipelines.stream import Ledger, iterate
+from data_pipelines.ledger import Ledger
+from data_pipelines.stream import iterate
 from vlp.bundle import Bundle, load_bundle
 from vlp.infer import encode_pixels, encode_texts
 from vlp.runlog import RunLog

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from data_pipelines.batch import Batch
 from data_pipelines.console import progress
 from data_pipelines.errors import ConfigError, PipelineError
-from data_pipelines.loader import Loader, data_digest, make_loader
+from data_pipelines.ledger import Ledger
+from data_pipelines.loader import Loader, make_loader, open_set
 from data_pipelines.preprocess import normalise
-from data_pipelines.stream import ShardSet
+from data_pipelines.stream import stored
 from data_pipelines.tokens import Tokenizer, TokenizerConfig, clip_tokenizer, learn_tokenizer
 from vlp import __version__, distributed, evals
 from vlp.bundle import VOCABULARY, Bundle, Provenance, pick_device, save_bundle
@@ -78,9 +79,8 @@ def make_tokenizer(recipe: Recipe) -> Tokenizer:
     if choice.kind == "clip":
         return clip_tokenizer(choice.context_length)
     if choice.kind == "learn":
-        shards = ShardSet([recipe.data.train], recipe.data.sources)
-        samples = (shards.read(number) for number in range(len(shards)))
-        texts = (text for sample in samples for text in (*sample.captions, *sample.labels))
+        samples = stored(open_set(recipe.data), Ledger(recipe.data.max_bad_share))
+        texts = (text for _, sample in samples for text in (*sample.captions, *sample.labels))
         return learn_tokenizer(texts, choice.vocab_size, choice.context_length)
     name = resolve_config(recipe.model)["text_cfg"].get("hf_model_name")
     if name is None:
@@ -240,7 +240,7 @@ def current_bundle(run: Run) -> Bundle:
         vlp_version=__version__,
         revision=revision(),
         recipe=run.recipe.model_dump(mode="json"),
-        data={str(run.recipe.data.train): data_digest(run.recipe.data.train)},
+        data={str(run.recipe.data.train): run.loader.state_dict()["data"]},
         steps=run.step,
         samples=run.step * run.recipe.data.batch_size,
     )
@@ -269,7 +269,11 @@ def train(recipe: Recipe, folder: Path, resume: bool = False, show: bool = True)
                 run.loader.fill(advance)
             run.seconds += time.perf_counter() - begun
         with _signals() as received:
-            _loop(run, runlog, received, show and lead)
+            try:
+                _loop(run, runlog, received, show and lead)
+            finally:  # also when too many bad samples stop the run: it says which
+                name = "ledger.json" if lead else f"ledger-rank{distributed.rank()}.json"
+                runlog.write(name, run.loader.ledger.report())
         distributed.leave()
     return _finish(run, runlog) if lead else {}
 
@@ -277,7 +281,7 @@ def train(recipe: Recipe, folder: Path, resume: bool = False, show: bool = True)
 def _open_log(run: Run, runlog: RunLog) -> None:
     for name in ("metrics.jsonl", "evals.jsonl"):
         runlog.truncate(name, run.step)
-    data = {str(run.recipe.data.train): data_digest(run.recipe.data.train)}
+    data = {str(run.recipe.data.train): run.loader.state_dict()["data"]}
     runlog.write("env.json", environment(run.device, data) | {"ranks": distributed.world_size()})
 
 

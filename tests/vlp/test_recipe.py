@@ -29,7 +29,7 @@ def test_overrides_read_numbers_as_people_write_them() -> None:
     recipe = load_recipe("starter/clip", ["optim.lr=1e-3", "run.steps=7", "run.epochs=null", "data.train=x/y"])
     assert recipe.optim.lr == 0.001
     assert recipe.run.steps == 7
-    assert recipe.data.train == Path("x/y")
+    assert recipe.data.train == "x/y"
 
 
 def test_overrides_reach_into_lists_and_objectives() -> None:

@@ -40,6 +40,8 @@ def test_a_run_learns_and_leaves_everything_behind(trained: Path) -> None:
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["metrics"] == {k: v for k, v in evals[-1].items() if k != "step"}
     assert {"recipe.yaml", "env.json", "checkpoints", "bundle"} <= {path.name for path in trained.iterdir()}
+    ledger = json.loads((trained / "ledger.json").read_text())
+    assert (ledger["seen"], ledger["trained"], ledger["quarantined"]) == (12 * 32, 12 * 32, {})
     assert {"packages", "revision", "device", "data"} <= set(json.loads((trained / "env.json").read_text()))
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from data_pipelines.images import MAX_PIXELS
-from data_pipelines.stream import Decoded, Ledger, iterate
+from data_pipelines.ledger import Ledger
+from data_pipelines.stream import Decoded, iterate
 from vlp.bundle import Bundle
 from vlp.infer import BATCH, encode_pixels
 
