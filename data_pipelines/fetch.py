@@ -1,0 +1,314 @@
+"""The one way bytes from elsewhere come in: a local file, an object store, or a URL written by a stranger.
+
+A URL is trusted with nothing. Its host is resolved once, every answer must be a public address, and that very address
+is dialled, so that neither a redirect nor a second answer of the resolver leads inside. Built on http.client, because
+a client with sessions, proxies, cookies and decoders would have to be talked out of most of what it does.
+"""
+
+import functools
+import io
+import itertools
+import os
+import select
+import socket
+import ssl
+import stat
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from http.client import HTTPException, HTTPResponse, IncompleteRead
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin
+
+import fsspec
+from pydantic import Field
+
+from data_pipelines.config import StrictModel
+from data_pipelines.errors import BadSample, PipelineError
+from data_pipelines.images import MAX_FILE_BYTES
+from data_pipelines.urls import WEB, Target, is_public, parse
+
+STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf", "memory")
+"""fsspec's object stores; its other protocols (ssh, chained archives, its own http) would go round the checks here."""
+RETRIED = frozenset(
+    ("timeout", "connection", "incomplete", "http_408", "http_429", "http_500", "http_502", "http_503", "http_504")
+)
+REDIRECTS = (301, 302, 303, 307, 308)
+MAX_IDLE = 64
+"""Open connections kept for the next picture of the same host."""
+CHUNK = 1 << 16
+
+
+class FetchOptions(StrictModel):
+    """How long, how much and from where. Times in seconds."""
+
+    timeout: float = Field(default=10.0, gt=0)
+    """For one connection attempt, and for each wait for the next bytes."""
+    total_timeout: float = Field(default=60.0, gt=0)
+    """For one picture with all its redirects and retries; only the system's name resolution is not cut short."""
+    max_bytes: int = Field(default=MAX_FILE_BYTES, ge=1)
+    max_redirects: int = Field(default=3, ge=0)
+    retries: int = Field(default=2, ge=0)
+    """Further attempts after a time-out, a broken connection or an answer that asks to come back."""
+    backoff: float = Field(default=0.5, ge=0)
+    """Wait before the first retry; doubled for each further one."""
+    allow_private: bool = False
+    """Whether addresses of the own network (private, loopback, link-local ...) and any port may be reached."""
+    schemes: tuple[str, ...] = (*WEB, *STORES)
+    disallowed_header_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
+    """A picture whose X-Robots-Tag holds one of them is left alone; empty ignores the header."""
+    user_agent: str = Field(default="vlp-shard", pattern=r"^[!-~]([ -~]*[!-~])?$")
+    """The part before `/` is the name that X-Robots-Tag may address."""
+
+
+def read_bytes(location: bytes | Path | str, options: FetchOptions) -> bytes:
+    """The bytes themselves, a local file's (Path), or those behind a URL (str). Safe to call from many threads.
+
+    Raises BadSample, its reason one of unreadable, too_big, bad_url, bad_scheme, bad_port, private_address, dns,
+    connection, tls, timeout, http_404 (any status), too_many_redirects, opted_out, content_encoding, incomplete,
+    bad_response; and PipelineError when the client of an object store is not installed.
+    """
+    if isinstance(location, bytes):
+        return location
+    if isinstance(location, Path):
+        return _read_file(location, options)
+    scheme, found, _ = location.strip().partition("://")
+    if not found or scheme.lower() not in options.schemes:
+        raise BadSample("bad_scheme", f"{location[:200]!r} begins with none of {', '.join(options.schemes)}")
+    return _fetch(location, options) if scheme.lower() in WEB else _read_store(location, options)
+
+
+def _read_file(path: Path, options: FetchOptions) -> bytes:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise BadSample("unreadable", "not a regular file")
+        if status.st_size > options.max_bytes:
+            raise BadSample("too_big", f"{status.st_size} bytes, limit {options.max_bytes}")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise BadSample("unreadable", getattr(error, "strerror", None) or str(error)) from error
+
+
+def _read_store(location: str, options: FetchOptions) -> bytes:
+    if "::" in location:
+        raise BadSample("bad_url", f"{location!r}: chained addresses are not followed")
+    try:
+        system, path = fsspec.core.url_to_fs(location)
+        if (size := system.size(path) or 0) > options.max_bytes:
+            raise BadSample("too_big", f"{size} bytes, limit {options.max_bytes}")
+        return bytes(system.cat_file(path, 0, size))
+    except ImportError as error:
+        raise PipelineError(f"{location} needs a package that is not installed: {error}") from error
+    except BadSample:
+        raise
+    except Exception as error:  # every store has errors of its own
+        raise BadSample("unreadable", f"{type(error).__name__}: {error}") from error
+
+
+def _fetch(url: str, options: FetchOptions) -> bytes:
+    deadline = time.monotonic() + options.total_timeout
+    for attempt in itertools.count():
+        try:
+            return _follow(url, options, deadline)
+        except BadSample as error:
+            wait = options.backoff * 2**attempt
+            if error.reason not in RETRIED or attempt >= options.retries or time.monotonic() + wait >= deadline:
+                raise
+            time.sleep(wait)
+    raise AssertionError("the loop above ends by itself")
+
+
+def _follow(url: str, options: FetchOptions, deadline: float) -> bytes:
+    """One attempt; every hop is checked like the first address."""
+    target = parse(url, any_port=options.allow_private)
+    for _ in range(options.max_redirects + 1):
+        answer = _get(target, options, deadline)
+        if isinstance(answer, bytes):
+            return answer
+        try:
+            target = parse(urljoin(target.url, answer), any_port=options.allow_private)
+        except ValueError as error:
+            raise BadSample("bad_url", f"redirect to {answer[:200]!r}: {error}") from error
+    raise BadSample("too_many_redirects", f"more than {options.max_redirects}, the last to {target.url[:200]}")
+
+
+def _dial(target: Target, options: FetchOptions, deadline: float) -> socket.socket:
+    """A connection to an address that was checked, not to a name that could be answered differently."""
+    try:
+        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise BadSample("dns", f"{target.host}: {getattr(error, 'strerror', None) or error}") from error
+    for *_, address in found:
+        if not options.allow_private and not is_public(str(address[0])):
+            raise BadSample("private_address", f"{target.host} is {address[0]}; the option allow_private admits it")
+    last: OSError = OSError("no address")
+    for family, kind, protocol, _, address in found:
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(_left(options, deadline))
+            sock.connect(address)
+            return (
+                _tls().wrap_socket(sock, server_hostname=target.host.rstrip(".")) if target.scheme == "https" else sock
+            )
+        except OSError as error:
+            sock.close()
+            last = error
+            if isinstance(error, ssl.SSLError):
+                break
+    raise last
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+def _left(options: FetchOptions, deadline: float) -> float:
+    """Seconds the next wait may take."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError(f"more than {options.total_timeout} s in all")
+    return min(options.timeout, left)
+
+
+class _Clocked(io.RawIOBase):
+    """What a socket receives, each wait bounded by what is left of the whole: a slow drip of bytes ends in time."""
+
+    def __init__(self, sock: socket.socket, options: FetchOptions, deadline: float) -> None:
+        self._sock, self._options, self._deadline = sock, options, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._sock.settimeout(_left(self._options, self._deadline))
+        return self._sock.recv_into(buffer)
+
+    def makefile(self, _: str) -> io.BufferedReader:
+        """What HTTPResponse asks a socket for."""
+        return io.BufferedReader(self, CHUNK)
+
+
+_Key = tuple[int, str, str, int, bool]
+_IDLE: dict[socket.socket, _Key] = {}
+"""Connections that wait for the next picture of their host, oldest first."""
+_LOCK = threading.Lock()
+
+
+def _take(key: _Key) -> socket.socket | None:
+    """An idle connection that is still open and has nothing to say."""
+    while True:
+        with _LOCK:
+            sock = next((sock for sock, owner in _IDLE.items() if owner == key), None)
+            if sock is None:
+                return None
+            del _IDLE[sock]
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        if not poll.poll(0):
+            return sock
+        sock.close()
+
+
+def _give(sock: socket.socket, key: _Key) -> None:
+    with _LOCK:
+        _IDLE[sock] = key
+        surplus = next(iter(_IDLE)) if len(_IDLE) > MAX_IDLE else None
+        if surplus is not None:
+            del _IDLE[surplus]
+    if surplus is not None:
+        surplus.close()
+
+
+def close_idle() -> None:
+    """Close the connections that are kept for later."""
+    with _LOCK:
+        socks = list(_IDLE)
+        _IDLE.clear()
+    for sock in socks:
+        sock.close()
+
+
+def _get(target: Target, options: FetchOptions, deadline: float) -> bytes | str:
+    """Body of a good answer, or the address that a redirect names."""
+    # The process is part of the key: a forked worker must not write into its parent's connections.
+    key = (os.getpid(), target.scheme, target.host, target.port, options.allow_private)
+    try:
+        if (idle := _take(key)) is not None:
+            with suppress(ConnectionError):  # the server closed it just now: as good as none
+                return _exchange(idle, key, target, options, deadline)
+        return _exchange(_dial(target, options, deadline), key, target, options, deadline)
+    except TimeoutError as error:
+        raise BadSample("timeout", str(error)) from error
+    except ssl.SSLError as error:
+        raise BadSample("tls", str(error)) from error
+    except IncompleteRead as error:
+        raise BadSample("incomplete", str(error)) from error
+    except OSError as error:
+        raise BadSample("connection", error.strerror or str(error)) from error
+    except (HTTPException, ValueError) as error:
+        raise BadSample("bad_response", f"{type(error).__name__}: {error}"[:200]) from error
+
+
+def _exchange(
+    sock: socket.socket, key: _Key, target: Target, options: FetchOptions, deadline: float
+) -> bytes | str:  # fmt: skip
+    request = (
+        f"GET {target.path} HTTP/1.1\r\nHost: {target.origin}\r\nUser-Agent: {options.user_agent}\r\n"
+        "Accept: image/*, */*;q=0.8\r\nAccept-Encoding: identity\r\n\r\n"
+    )
+    finished = False
+    try:
+        sock.settimeout(_left(options, deadline))
+        sock.sendall(request.encode("ascii"))
+        response = HTTPResponse(_Clocked(sock, options, deadline), method="GET")  # type: ignore[arg-type]
+        response.begin()
+        _check_opt_out(response.headers.get_all("X-Robots-Tag", ()), options)
+        place = response.getheader("Location")
+        if response.status in REDIRECTS and place is not None:
+            return place.encode("latin-1").decode("utf-8", "replace")  # http.client decodes headers as latin-1
+        if response.status != 200:
+            raise BadSample(f"http_{response.status}", response.reason[:200])
+        data = _body(response, options)
+        finished = not response.will_close
+        return data
+    finally:
+        if finished:
+            _give(sock, key)
+        else:
+            sock.close()
+
+
+def _body(response: HTTPResponse, options: FetchOptions) -> bytes:
+    if (coding := response.getheader("Content-Encoding", "identity").strip().lower()) != "identity":
+        raise BadSample("content_encoding", f"packed with {coding[:50]!r} although it was asked not to be")
+    chunks: list[bytes] = []
+    size = response.length or 0
+    if size <= options.max_bytes:
+        size = 0
+        while chunk := response.read1(CHUNK):
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > options.max_bytes:
+                break
+    if size > options.max_bytes:
+        raise BadSample("too_big", f"at least {size} bytes, limit {options.max_bytes}")
+    if response.length:
+        raise BadSample("incomplete", f"{size} bytes came, {response.length} are missing")
+    return b"".join(chunks)
+
+
+def _check_opt_out(tags: Iterable[str], options: FetchOptions) -> None:
+    """X-Robots-Tag: directives for all, or after `name:` for one robot."""
+    own = options.user_agent.partition("/")[0].lower()
+    for tag in tags:
+        addressed = True
+        for part in tag.lower().split(","):
+            name, colon, directive = part.rpartition(":")
+            if colon and name.strip() not in ("unavailable_after", "max-snippet", "max-image-preview"):
+                addressed = name.strip() in (own, "*")
+            if addressed and directive.strip() in options.disallowed_header_directives:
+                raise BadSample("opted_out", f"X-Robots-Tag: {tag[:200]}")
