@@ -181,7 +181,8 @@ def write_files(
             digest = tar.close()
         store.put(temp, join(folder, f"{name}.tar"))
     store.write(join(folder, name + INDEX_SUFFIX), tar.index_file())
-    store.write(join(folder, f"{name}.parquet"), parquet_file(table, Extras(work.types)))
+    parquet = parquet_file(table, Extras(work.types))
+    store.write(join(folder, f"{name}.parquet"), parquet)
     statuses = Counter(row["status"] for row in table)
     end = time.time()
     stats = {
@@ -195,6 +196,7 @@ def write_files(
         "status_dict": dict(sorted(reasons.items())),
         "bytes": tar.bytes,
         "sha256": digest,
+        "parquet_sha256": hashlib.sha256(parquet).hexdigest(),
     }
     store.write(join(folder, f"{name}_stats.json"), json_file(stats))
     return _account(name, stats, table)

@@ -34,12 +34,12 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 source_options = options(
     click.option("--kind", help="How SOURCE is read.  [default: recognised]"),
-    click.option("--dir", "folder", type=click.Path(path_type=Path), help="Folder of the packages of a named data set."),
+    click.option("--dir", "folder", type=click.Path(path_type=Path), help="Folder of a named data set's packages."),
     click.option("--template", help='Caption of pictures with a label only: "a photo of a {label}".'),
-    click.option("--caption-col", "--caption_col", multiple=True, callback=several, help="Column with captions; repeat."),
-    click.option("--label-col", "--label_col", multiple=True, callback=several, help="Column with labels; repeat."),
-    click.option("--box-col", "--box_col", help="Column with boxes."),
-    click.option("--image-col", "--image_col", "--url-col", "--url_col", "image_col", help="Column with path or URL."),
+    click.option("--caption-col", "--caption_col", multiple=True, callback=several, help="Captions' column; repeat."),
+    click.option("--label-col", "--label_col", multiple=True, callback=several, help="Labels' column; repeat."),
+    click.option("--box-col", "--box_col", help="Boxes' column."),
+    click.option("--image-col", "--image_col", "--url-col", "--url_col", "image_col", help="Column of paths or URLs."),
     click.option(
         "--columns", "--save-additional-columns", "--save_additional_columns", "columns", multiple=True,
         callback=several, help="Further columns to keep, by commas.  [default: all]",
