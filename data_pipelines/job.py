@@ -144,8 +144,14 @@ def _prepare(store: Store, job: Job, overwrite: bool) -> str:
     """`whole`, `begun` (the same job, interrupted) or `empty`: what is there now; makes room or refuses."""
     before, begun = read_job(store, JOB), read_job(store, join(TEMP, JOB))
     if before is not None:
-        if strip(before) == job and is_whole(store):
+        if strip(before) == job and is_whole(store) and not _is_changing(store, before, begun):
+            store.remove_folder(TEMP)  # a kill after job.json was written leaves it behind
             return "whole"
+        if not overwrite and strip(before) == job and begun is not None:
+            raise PipelineError(
+                f"{store}: an extension or a retry was interrupted: finish it with the same command, or write "
+                "everything anew with --overwrite"
+            )
         if not overwrite:
             raise PipelineError(
                 f"{store} holds other shards (different: {differences(strip(before), job)}): choose another --out, or "
@@ -160,13 +166,18 @@ def _prepare(store: Store, job: Job, overwrite: bool) -> str:
                 f"{store} holds an unfinished job (different: {differences(strip(begun), job)}): finish it with the "
                 "same command, choose another --out, or replace it with --overwrite"
             )
-    elif (store.names() or store.names(kind="directory")) and not overwrite:
+    elif (store.names() or {*store.names(kind="directory")} - {TEMP}) and not overwrite:
         raise PipelineError(
             f"{store} is not empty and holds no shards of this tool: choose another --out, or add --overwrite"
         )
     if before is not None or begun is not None:
         _clear(store)
     return "empty"
+
+
+def _is_changing(store: Store, job: Job, begun: Job | None) -> bool:
+    """Whether an extension or a retry of a finished folder was interrupted."""
+    return begun is not None and (strip_all(begun) != strip_all(job) or "retry" in store.names(TEMP, "directory"))
 
 
 def _sweep(store: Store) -> None:

@@ -1,4 +1,4 @@
-"""Small generated pictures for tests of every floor; shipped, so that tests need not import each other."""
+"""Small things that tests of every floor need; shipped, so that tests need not import each other."""
 
 import io
 
@@ -13,3 +13,10 @@ def draw(size: tuple[int, int] = (40, 30), mode: str = "RGB", format: str = "PNG
     buffer = io.BytesIO()
     image.save(buffer, format)
     return buffer.getvalue()
+
+
+def run_shard(*arguments: str) -> None:
+    """`vlp shard` with these arguments; something a fresh process can be told to run."""
+    from data_pipelines.cli import shard
+
+    shard(arguments)

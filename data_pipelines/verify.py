@@ -179,11 +179,11 @@ def _read_beside(split: Split, outcome: Outcome, name: str) -> tuple[dict[str, A
     stem = outcome.name.removesuffix(".tar")
     rows: Rows | None = None
     content = b""
-    found = read_job(split.store, f"{stem}_stats.json")
-    stats = found or {}
-    if found == {}:
+    read = read_job(split.store, f"{stem}_stats.json")
+    stats = read or {}
+    if read == {}:
         outcome.fault("stats_differ", "_stats.json is no JSON object")
-    elif found is None and split.manifest:
+    elif read is None and split.manifest:
         outcome.fault("missing_file", f"{Path(stem).name}_stats.json is not there")
     try:
         content = split.store.read(f"{stem}.parquet")
@@ -224,13 +224,13 @@ def _compare_rows(
         detail = f"{len(missing)} samples of the parquet are not in the tar, {missing[0]} to {missing[-1]}"
         outcome.fault("parquet_differs", detail, missing[0])
     for sample in check.samples:
-        row = good.get(sample.key)
-        if row is None:
+        listed = good.get(sample.key)
+        if listed is None:
             outcome.fault("parquet_differs", "the parquet lists no such sample", sample.key, sample.offset)
             continue
-        _compare_row(outcome, sample, row)
-        if data is not None and row.get("stored_sha256"):
-            _compare_content(outcome, sample, row, data)
+        _compare_row(outcome, sample, listed)
+        if data is not None and listed.get("stored_sha256"):
+            _compare_content(outcome, sample, listed, data)
     keys = [sample.key for sample in check.samples]
     if sound and not missing and sorted(keys) == sorted(good) and keys != list(good):
         outcome.fault("parquet_differs", "the samples are in another order than the rows")

@@ -1,10 +1,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -194,42 +192,6 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / f"{number:04}.png").write_bytes(draw((32, 32), seed=number))
         (root / f"{number:04}.txt").write_text(f"picture {number}")
     return root
-
-
-def _written(path: Path) -> int:
-    """Time of writing in nanoseconds; 0 for a file that is gone by now."""
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
-
-
-def test_a_kill_leaves_whole_files_and_the_next_run_completes(many: Path, tmp_path: Path) -> None:
-    options = ["--samples-per-shard", "4", "--image-size", "16"]
-    assert run(many, "--out", tmp_path / "whole", *options).exit_code == 0
-    whole = contents(tmp_path / "whole")
-    out = tmp_path / "out"
-    for shards in (1, 20, 40):
-        began = time.time_ns()
-        command = [sys.executable, "-c", CLI, str(many), "--out", str(out), *options]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        # each run starts over: wait until it has removed the last one's shards and written so many of its own
-        while sum(_written(path) > began for path in out.glob("*_stats.json")) < shards:
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (out / "job.json").exists()
-        visible = [path for path in out.iterdir() if path.is_file() and not path.name.startswith(".")]
-        for path in visible:
-            assert path.name.endswith("_stats.json") or path.read_bytes() == whole[path.name]
-        for path in out.glob("*_stats.json"):  # a shard is done if and only if this exists
-            with tarfile.open(out / path.name.replace("_stats.json", ".tar")) as tar:
-                assert len(tar.getnames()) == 3 * json.loads(path.read_text())["successes"] == 12
-    assert run(many, "--out", out, *options).exit_code == 0
-    assert contents(out) == whole
 
 
 def test_two_processes_do_not_share_a_folder(many: Path, tmp_path: Path) -> None:
