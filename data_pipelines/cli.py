@@ -60,6 +60,7 @@ COMMANDS = {
 
 @click.group(
     cls=console.LazyGroup,
+    commands={"write": write},
     lazy=COMMANDS,
     default="write",
     options_metavar="",
@@ -69,6 +70,3 @@ COMMANDS = {
 )
 def shard() -> None:
     """Write shards, or look after those that are there; the help text is that of the default command."""
-
-
-shard.add_command(write)

@@ -6,6 +6,7 @@ tenth of a millisecond per picture.
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -47,10 +48,13 @@ def _ray(store: Store, options: WriteOptions, advance: Advance) -> Iterator[Exec
     address = (options.on or "").partition(":")[2] or os.environ.get("RAY_ADDRESS")
     ours = not ray.is_initialized()
     if ours:
-        alone: dict[str, Any] = {"address": address} if address else {"address": "local", "include_dashboard": False}
+        where_to: dict[str, Any] = {"address": address} if address else {"address": "local", "include_dashboard": False}
         try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **alone)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+            if address and ":" in address:  # Ray itself would try for minutes, and then end the process
+                host, _, port = address.removeprefix("ray://").rpartition(":")
+                socket.create_connection((host, int(port)), timeout=5).close()
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **where_to)
+        except (OSError, ValueError, RuntimeError) as error:
             raise PipelineError(f"--on {options.on}: no Ray cluster answers ({error})") from error
     try:
         where = str(store.local.absolute()) if store.local else store.where
