@@ -33,8 +33,9 @@ from data_pipelines.urls import WEB, Target, is_public, parse
 STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf", "memory")
 """fsspec's object stores; its other protocols (ssh, chained archives, its own http) would go round the checks here."""
 RETRIED = frozenset(
-    ("timeout", "connection", "incomplete", "http_408", "http_429", "http_500", "http_502", "http_503", "http_504")
-)
+    ("dns_timeout", "timeout", "connection", "incomplete", "http_408", "http_429", "http_500", "http_502", "http_503",
+     "http_504")
+)  # fmt: skip
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_IDLE = 64
 """Open connections kept for the next picture of the same host."""
@@ -67,7 +68,7 @@ def read_bytes(location: bytes | Path | str, options: FetchOptions) -> bytes:
     """The bytes themselves, a local file's (Path), or those behind a URL (str). Safe to call from many threads.
 
     Raises BadSample, its reason one of unreadable, too_big, bad_url, bad_scheme, bad_port, private_address, dns,
-    connection, tls, timeout, http_404 (any status), too_many_redirects, opted_out, content_encoding, incomplete,
+    dns_timeout,    connection, tls, timeout, http_404 (any status), too_many_redirects, opted_out, content_encoding, incomplete,
     bad_response; and PipelineError when the client of an object store is not installed.
     """
     if isinstance(location, bytes):
@@ -140,7 +141,9 @@ def _dial(target: Target, options: FetchOptions, deadline: float) -> socket.sock
     try:
         found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise BadSample("dns", f"{target.host}: {getattr(error, 'strerror', None) or error}") from error
+        busy = getattr(error, "errno", None) == socket.EAI_AGAIN  # the resolver did not answer; no verdict yet
+        reason = "dns_timeout" if busy else "dns"
+        raise BadSample(reason, f"{target.host}: {getattr(error, 'strerror', None) or error}") from error
     for *_, address in found:
         if not options.allow_private and not is_public(str(address[0])):
             raise BadSample("private_address", f"{target.host} is {address[0]}; the option allow_private admits it")
@@ -307,8 +310,9 @@ def _check_opt_out(tags: Iterable[str], options: FetchOptions) -> None:
     for tag in tags:
         addressed = True
         for part in tag.lower().split(","):
-            name, colon, directive = part.rpartition(":")
+            name, colon, rest = part.partition(":")
             if colon and name.strip() not in ("unavailable_after", "max-snippet", "max-image-preview"):
                 addressed = name.strip() in (own, "*")
+            directive = rest if colon else name
             if addressed and directive.strip() in options.disallowed_header_directives:
                 raise BadSample("opted_out", f"X-Robots-Tag: {tag[:200]}")

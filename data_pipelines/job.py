@@ -120,7 +120,11 @@ def identify(source: Source) -> dict[str, str]:
 def place(source: Source) -> dict[str, str]:
     """Where the source lies: `path` and `dir` of its configuration, made absolute."""
     found = source.config.model_dump(mode="json", include={"path", "dir"}, exclude_none=True)
-    return {name: where if "://" in where else str(Path(where).absolute()) for name, where in found.items()}
+    return {name: "::".join(map(_absolute, where.split("::"))) for name, where in found.items()}
+
+
+def _absolute(where: str) -> str:
+    return where if "://" in where else str(Path(where).absolute())
 
 
 def recall(job: Job, where: str) -> Source:

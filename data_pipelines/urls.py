@@ -49,6 +49,8 @@ def parse(url: str, *, any_port: bool = False) -> Target:
             raise ValueError("user name or password")
         port = parts.port if parts.port is not None else 443 if parts.scheme == "https" else 80
         host = _host(parts.hostname or "")
+        if ("[" in parts.netloc) != (":" in host):
+            raise ValueError("brackets around what is no IPv6 address")
     except ValueError as error:  # UnicodeError included
         raise BadSample("bad_url", f"{url[:200]!r}: {error}") from error
     if not any_port and port < 1024 and port not in (80, 443):

@@ -16,6 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 SETTINGS = {
     "folder": "dir", "template": "template", "caption_col": "caption_col", "label_col": "label_col",
     "box_col": "box_col", "image_col": "image_col", "columns": "columns", "keys": "keys", "split_by": "split_by",
+    "images": "images", "layout": "layout", "names": "names", "languages": "languages", "damaged": "damaged",
 }  # fmt: skip
 """Option of the command line -> setting of the source."""
 FETCH = ("timeout", "retries", "allow_private")
@@ -46,6 +47,11 @@ source_options = options(
     ),
     click.option("--keys", type=click.Path(path_type=Path), help="Keep-list: only samples with these keys."),
     click.option("--split-by", "--split_by", help="Column that names each row's split."),
+    click.option("--images", type=click.Path(path_type=Path), help="COCO: folder of the pictures.  [default: beside]"),
+    click.option("--layout", help="Folder: captions or classes.  [default: recognised]"),
+    click.option("--names", multiple=True, callback=several, help="IDX files: names of the classes, by commas."),
+    click.option("--languages", multiple=True, callback=several, help="Named data sets: languages, by commas."),
+    click.option("--damaged", help="Shards: stop at a damaged one, or count it as a failure.  [default: stop]"),
 )  # fmt: skip
 run_options = options(
     click.option("--workers", "--thread-count", "--thread_count", "workers", type=int,
