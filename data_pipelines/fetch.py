@@ -68,8 +68,8 @@ def read_bytes(location: bytes | Path | str, options: FetchOptions) -> bytes:
     """The bytes themselves, a local file's (Path), or those behind a URL (str). Safe to call from many threads.
 
     Raises BadSample, its reason one of unreadable, too_big, bad_url, bad_scheme, bad_port, private_address, dns,
-    dns_timeout,    connection, tls, timeout, http_404 (any status), too_many_redirects, opted_out, content_encoding, incomplete,
-    bad_response; and PipelineError when the client of an object store is not installed.
+    dns_timeout, connection, tls, timeout, http_404 (any status), too_many_redirects, opted_out, content_encoding,
+    incomplete, bad_response; and PipelineError when the client of an object store is not installed.
     """
     if isinstance(location, bytes):
         return location

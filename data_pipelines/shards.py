@@ -75,9 +75,10 @@ class Pools:
         pool = self.fetching if isinstance(record.image, str) else self.local
         return pool.submit(prepare, record, self.options, self.gate)
 
-    def prepare(self, records: Iterable[Record]) -> Iterator[Prepared]:
+    def prepare(self, records: Sequence[Record]) -> Iterator[Prepared]:
         """Prepared pictures in order, a bounded number in flight."""
-        return in_order(self.submit, records, 4 * self.workers + 2 * self.options.fetch_concurrency)
+        waiting = 2 * self.options.fetch_concurrency if any(isinstance(record.image, str) for record in records) else 0
+        return in_order(self.submit, records, 4 * self.workers + waiting)
 
     def close(self) -> None:
         """End the threads; what has not begun is dropped."""

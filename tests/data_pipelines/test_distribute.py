@@ -23,6 +23,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith("_stats.json")}
 
 
+@pytest.mark.slow  # Ray takes seconds to start
 def test_ray_writes_the_same_bytes(photos: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     options = WriteOptions(samples_per_shard=2, image_size=16, resize_mode="keep_ratio")
