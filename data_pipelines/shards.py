@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import pyarrow.parquet as pq
 
 from data_pipelines.console import Advance
+from data_pipelines.errors import PipelineError
 from data_pipelines.pictures import Prepared, WriteOptions, prepare
 from data_pipelines.records import RESERVED, Record, ShardInfo
 from data_pipelines.shard_files import INDEX_SUFFIX, Extras, TarWriter, json_file, key_digits, parquet_file
@@ -171,7 +172,7 @@ def write_files(
     name = shard_name(work.number, options)
     table: list[dict[str, Any]] = []
     reasons: Counter[str] = Counter()
-    with store.scratch() as scratch, _growing(scratch / f"{work.split}-{name}.tar") as temp:
+    with _writing(store), store.scratch() as scratch, _growing(scratch / f"{work.split}-{name}.tar") as temp:
         with temp.open("wb") as stream:
             tar = TarWriter(stream)
             for row, reason, members in rows:
@@ -181,9 +182,7 @@ def write_files(
                     tar.add(row["key"], *members)
             digest = tar.close()
         store.put(temp, join(folder, f"{name}.tar"))
-    store.write(join(folder, name + INDEX_SUFFIX), tar.index_file())
     parquet = parquet_file(table, Extras(work.types))
-    store.write(join(folder, f"{name}.parquet"), parquet)
     statuses = Counter(row["status"] for row in table)
     end = time.time()
     stats = {
@@ -199,8 +198,23 @@ def write_files(
         "sha256": digest,
         "parquet_sha256": hashlib.sha256(parquet).hexdigest(),
     }
-    store.write(join(folder, f"{name}_stats.json"), json_file(stats))
+    with _writing(store):
+        store.write(join(folder, name + INDEX_SUFFIX), tar.index_file())
+        store.write(join(folder, f"{name}.parquet"), parquet)
+        store.write(join(folder, f"{name}_stats.json"), json_file(stats))
     return _account(name, stats, table)
+
+
+@contextmanager
+def _writing(store: Store) -> Iterator[None]:
+    """A full disk and its like as a message; what is finished stays."""
+    try:
+        yield
+    except OSError as error:
+        raise PipelineError(
+            f"{store}: cannot be written ({error.strerror or error}); finished shards stay, and the same command goes "
+            "on from there"
+        ) from error
 
 
 @contextmanager

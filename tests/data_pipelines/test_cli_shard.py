@@ -268,6 +268,26 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_a_full_disk_is_one_message_and_no_end(photos: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk: the kernel refuses the same write calls."""
+    code = (
+        "import resource, signal, sys; from data_pipelines.cli import shard\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 2**30))\n"
+        "shard(sys.argv[1:])"
+    )
+    options = ["--samples-per-shard", "4"]
+    (photos / "trip" / "p5.txt").write_text("fits\n" * 3_000)  # the second shard does not
+    assert run(photos, "--out", tmp_path / "whole", *options).exit_code == 0
+    done = python(code, photos, "--out", tmp_path / "out", *options)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("sharding")]
+    assert "cannot be written (File too large)" in " ".join(errors), done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["00000.tar"]
+    assert run(photos, "--out", tmp_path / "out", *options).exit_code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_two_processes_do_not_share_a_folder(many: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-c", CLI, str(many), "--out", str(out), "--samples-per-shard", "5"]
