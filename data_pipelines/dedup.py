@@ -6,10 +6,8 @@ Functions, 2010, with the whole 8 x 8 corner). Two hashes of distance <= 7 agree
 for one bit, so candidates come from sorted bands, never from all pairs.
 """
 
-import io
 import itertools
 import os
-import tarfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +23,7 @@ from PIL import Image
 from data_pipelines import console
 from data_pipelines.errors import BadSample, ConfigError
 from data_pipelines.images import flatten, open_checked
-from data_pipelines.shards import read_rows
+from data_pipelines.shards import read_members, read_rows
 from data_pipelines.store import Store, join
 from data_pipelines.survey import parquets
 
@@ -108,19 +106,12 @@ def _hash_all(
         ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool,
     ):
         for split, name in shards:
-            pairs = list(_images(store, split, name))
-            for (key, _), value in zip(pairs, pool.map(_hash, (image for _, image in pairs)), strict=True):
+            files = read_members(store, split, name)
+            images = {key: content for key, extension, _, content in files if extension not in ("json", "txt")}
+            for key, value in zip(images, pool.map(_hash, images.values()), strict=True):
                 found[split, key] = value
                 advance(1)
     return [found.get(name) for name in names]
-
-
-def _images(store: Store, split: str, name: str) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(fileobj=io.BytesIO(store.read(join(split, f"{name}.tar")))) as tar:
-        for member in tar:
-            key, _, extension = member.name.partition(".")
-            if extension not in ("json", "txt") and (stream := tar.extractfile(member)) is not None:
-                yield key, stream.read()
 
 
 def _hash(data: bytes) -> int | None:

@@ -6,8 +6,6 @@ is ready; only then are its files renamed into place, so that a kill leaves the 
 the next `vlp shard retry` completes.
 """
 
-import io
-import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -31,7 +29,19 @@ from data_pipelines.job import (
 from data_pipelines.pictures import Prepared, WriteOptions
 from data_pipelines.records import Record
 from data_pipelines.shard_files import INDEX_SUFFIX, json_file
-from data_pipelines.shards import Members, Pools, Work, clean, make_row, plan_work, read_rows, shard_name, write_files
+from data_pipelines.shards import (
+    Members,
+    Pools,
+    Work,
+    clean,
+    make_row,
+    plan_work,
+    read_members,
+    read_rows,
+    reason,
+    shard_name,
+    write_files,
+)
 from data_pipelines.store import TEMP, Store, join
 from data_pipelines.write import JOB, conclude, describe, finish
 
@@ -118,16 +128,12 @@ def _retry_shard(
     finally:
         pools.close()
     for n, prepared in found.items():
-        reason = _reason(rows[n])
-        tried[reason] += 1
-        gained[reason] += not prepared.reason
+        why = reason(rows[n])
+        tried[why] += 1
+        gained[why] += not prepared.reason
     if any(not prepared.reason for prepared in found.values()):
         _replace(work, rows, found, store, options)
     return len(failed)
-
-
-def _reason(row: dict[str, Any]) -> str:
-    return str(row["error_message"] or row["status"]).partition(":")[0]
 
 
 def _replace(
@@ -152,12 +158,8 @@ def _replace(
 def _read_members(store: Store, split: str, name: str) -> dict[str, Members]:
     """Key -> members of every sample of a shard, all in memory."""
     found: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(fileobj=io.BytesIO(store.read(join(split, f"{name}.tar")))) as tar:
-        for member in tar:
-            key, _, extension = member.name.partition(".")
-            stream = tar.extractfile(member)
-            assert stream is not None
-            found.setdefault(key, {})[extension] = stream.read()
+    for key, extension, _, content in read_members(store, split, name):
+        found.setdefault(key, {})[extension] = content
     members = {}
     for key, files in found.items():
         (extension,) = files.keys() - {"json", "txt"}

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import tarfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -264,6 +265,20 @@ def load_done(store: Store, folder: str, name: str) -> Done | None:
 def read_rows(store: Store, folder: str, name: str) -> list[dict[str, Any]]:
     """All rows of a shard's parquet. Raises FileNotFoundError."""
     return pq.read_table(io.BytesIO(store.read(join(folder, f"{name}.parquet")))).to_pylist()  # type: ignore[no-any-return]
+
+
+def read_members(store: Store, folder: str, name: str) -> Iterator[tuple[str, str, int, bytes]]:
+    """(key, extension, offset, content) of every file in a shard's tar."""
+    with tarfile.open(fileobj=io.BytesIO(store.read(join(folder, f"{name}.tar")))) as tar:
+        for member in tar:
+            key, _, extension = member.name.partition(".")
+            if (stream := tar.extractfile(member)) is not None:
+                yield key, extension, member.offset_data, stream.read()
+
+
+def reason(row: Mapping[str, Any]) -> str:
+    """Name under which a failed row is counted."""
+    return str(row.get("error_message") or row.get("status")).partition(":")[0]
 
 
 def _row(key: str, record: Record, prepared: Prepared) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import io
 import itertools
 import json
 import os
-import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 from data_pipelines.errors import ConfigError, PipelineError
 from data_pipelines.pictures import WriteOptions
 from data_pipelines.records import Record
-from data_pipelines.shards import Pools, read_rows
+from data_pipelines.shards import Pools, read_members, read_rows, reason
 from data_pipelines.sources import Source
 from data_pipelines.store import TEMP, Store, join
 from data_pipelines.write import describe
@@ -77,11 +76,6 @@ def stats(out: Path | str) -> dict[str, Any]:
         "sources": dict(sources.most_common(TOP)),
         "quantiles": {name: _quantiles(values) for name, values in numbers.items() if values},
     }
-
-
-def reason(row: Mapping[str, Any]) -> str:
-    """Name under which a failed row is counted."""
-    return str(row["error_message"] or row["status"]).partition(":")[0]
 
 
 def _quantiles(values: list[int]) -> dict[str, int]:
@@ -146,11 +140,9 @@ def show(out: Path | str, key: str) -> tuple[dict[str, Any], str, bytes]:
 
 
 def _image(store: Store, split: str, name: str, key: str) -> tuple[dict[str, int], str, bytes]:
-    with tarfile.open(fileobj=io.BytesIO(store.read(join(split, f"{name}.tar")))) as tar:
-        for member in tar:
-            stem, _, extension = member.name.partition(".")
-            if stem == key and extension not in ("json", "txt") and (stream := tar.extractfile(member)) is not None:
-                return {"offset": member.offset_data, "bytes": member.size}, extension, stream.read()
+    for stem, extension, offset, content in read_members(store, split, name):
+        if stem == key and extension not in ("json", "txt"):
+            return {"offset": offset, "bytes": len(content)}, extension, content
     return {}, "", b""
 
 
@@ -170,7 +162,8 @@ def plan(source: Source, options: WriteOptions, sample: int) -> dict[str, Any]:
     """
     splits: Counter[str] = Counter()
     count = getattr(source.module, "count", None)
-    total = count(source.config) if count else sum(1 for _ in source.module.iter_records(source.config))
+    known = count(source.config) if count else None
+    total = sum(1 for _ in source.module.iter_records(source.config)) if known is None else known
     step = max(1, total // max(1, sample))
     chosen: list[Record] = []
     for number, record in enumerate(source.module.iter_records(source.config)):

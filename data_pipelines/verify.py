@@ -28,6 +28,7 @@ from data_pipelines.images import MAX_PIXELS
 from data_pipelines.job import manifest_of, read_job
 from data_pipelines.records import MANIFEST, Manifest, ShardInfo
 from data_pipelines.shard_files import BLOCK, INDEX_COLUMNS, INDEX_SUFFIX
+from data_pipelines.shards import reason
 from data_pipelines.store import TEMP, Store, join
 from data_pipelines.tar_faults import KINDS, Fault, Found, TarCheck
 from data_pipelines.write import JOB
@@ -218,7 +219,7 @@ def _compare_rows(
         if row.get("status") == "success":
             outcome.sources[row.get("source") or ""] += 1
         else:
-            outcome.failures[str(row.get("error_message") or row.get("status")).partition(":")[0]] += 1
+            outcome.failures[reason(row)] += 1
     there = {sample.key for sample in check.samples}
     if missing := [key for key in good if key not in there]:
         detail = f"{len(missing)} samples of the parquet are not in the tar, {missing[0]} to {missing[-1]}"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import fsspec
@@ -15,11 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines import job, retry, sources
+from data_pipelines.config import StrictModel
 from data_pipelines.errors import PipelineError, ShardError
 from data_pipelines.fetch import FetchOptions
 from data_pipelines.records import Record, load_manifest
 from data_pipelines.shards import Pools, plan_work
 from data_pipelines.store import Store
+from data_pipelines.survey import plan
 from data_pipelines.testing import draw
 from data_pipelines.verify import verify
 from data_pipelines.write import WriteOptions, write_shards
@@ -267,6 +270,17 @@ def test_work_items_are_whole_shards_of_one_split() -> None:
     records = [Record(image=b"", captions=(), source="", origin=str(n), split=("a", "b")[n % 2]) for n in range(5)]
     works = list(plan_work(records, WriteOptions(samples_per_shard=2), {"b": 7}))
     assert [(work.split, work.number, len(work.records)) for work in works] == [("a", 0, 2), ("b", 7, 2), ("a", 1, 1)]
+
+
+def test_a_plan_counts_itself_what_the_source_does_not() -> None:
+    module = ModuleType("list")
+    records = [
+        Record(image=draw(seed=n), captions=("x",), source="", origin=str(n), split="ab"[n % 2]) for n in range(9)
+    ]
+    vars(module).update(iter_records=lambda config: iter(records), count=lambda config: None)
+    found = plan(sources.Source("list", module, StrictModel()), OPTIONS, 3)
+    assert (found["records"], found["splits"], found["shards"], found["tried"]) == (9, {"a": 5, "b": 4}, 5, 3)
+    assert (found["failures"], found["bytes"] > 0) == ({}, True)
 
 
 def test_pools_end_their_threads() -> None:
