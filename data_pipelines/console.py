@@ -65,10 +65,28 @@ class Group(click.Group):
 class LazyGroup(Group):
     """Group whose sub-commands are imported when invoked, so that `--help` of one never loads what another needs."""
 
-    def __init__(self, *args: Any, lazy: Mapping[str, tuple[str, str]] | None = None, **kwargs: Any) -> None:
-        """`lazy`: command name -> ("module:attribute", "short help")."""
+    def __init__(
+        self, *args: Any, lazy: Mapping[str, tuple[str, str]] | None = None, default: str | None = None, **kwargs: Any
+    ) -> None:
+        """`lazy`: command name -> ("module:attribute", "short help"); `default`: runs when no command is named."""
         super().__init__(*args, **kwargs)
         self.lazy = dict(lazy or {})
+        self.default = default
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the default command's name before arguments that name none."""
+        names = {*self.list_commands(ctx), *ctx.help_option_names}
+        if self.default and args and args[0] not in names:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The default command's options, then the other commands."""
+        if self.default and (command := self.get_command(ctx, self.default)) is not None:
+            click.Command.format_options(command, ctx, formatter)
+            self.format_commands(ctx, formatter)
+        else:
+            super().format_options(ctx, formatter)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of all sub-commands."""

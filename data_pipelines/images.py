@@ -122,6 +122,12 @@ def needs_resize(width: int, height: int, size: int, mode: ResizeMode, only_if_b
     return side != size if mode.startswith("keep") else (width, height) != (size, size)
 
 
+def scaled_size(width: int, height: int, size: int, mode: ResizeMode) -> tuple[int, int]:
+    """(width, height) after scaling and before any crop or border."""
+    side = min(width, height) if mode in ("keep_ratio", "center_crop") else max(width, height)
+    return max(1, round(width * size / side)), max(1, round(height * size / side))
+
+
 def resize_to(image: Image.Image, size: int, mode: ResizeMode, only_if_bigger: bool = True) -> Image.Image:
     """Resized picture (L, RGB or RGBA), or the picture itself when nothing has to change.
 
@@ -131,8 +137,7 @@ def resize_to(image: Image.Image, size: int, mode: ResizeMode, only_if_bigger: b
     if not needs_resize(*image.size, size, mode, only_if_bigger):
         return image
     plain = _eight_bit(image)
-    side = min(plain.size) if mode in ("keep_ratio", "center_crop") else max(plain.size)
-    width, height = (max(1, round(length * size / side)) for length in plain.size)
+    width, height = scaled_size(*plain.size, size, mode)
     # Premultiplied (RGBa), so that colours hidden below alpha 0 do not bleed into the edges. The reducing gap averages
     # whole blocks first: two to four times faster on large pictures, invisible in the result.
     work = plain.convert("RGBa") if plain.mode == "RGBA" else plain

@@ -1,73 +1,108 @@
-"""A whole sharding job: is it done already, may it replace what is there, write, sum up. The CLI is thin."""
+"""A whole sharding job: is it done already, can it go on, may it replace what is there; write, extend, sum up."""
 
-import fcntl
 import hashlib
 import json
-import os
 import re
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import PipelineError, ShardError
-from data_pipelines.records import MANIFEST, Manifest, load_manifest, manifest_digest
-from data_pipelines.sources import Source
-from data_pipelines.write import JOB, TEMP, WriteOptions, describe, write_shards
+from data_pipelines.pictures import WriteOptions
+from data_pipelines.records import MANIFEST, Manifest, parse_manifest
+from data_pipelines.shard_files import json_file
+from data_pipelines.shards import Done, load_done
+from data_pipelines.sources import Source, names
+from data_pipelines.store import TEMP, Store, join
+from data_pipelines.write import INPUT, JOB, Part, Parts, conclude, describe, finish, run, write_shards
 
 OURS = re.compile(
     r"\d+(\.tar|\.index\.npy|\.parquet|_stats\.json)|sizes\.json|manifest\.json|job\.json|\.[\w.]+\.\w{8}"
 )
 """Names that a sharding job writes, temp files of a killed one included; nothing else is ever removed."""
+LATER = "extended"
+"""Key of job.json: the sources that `vlp shard extend` added, in order."""
+Job = dict[str, Any]
 
 
-def shard(source: Source, out: Path, options: WriteOptions, *, overwrite: bool, progress: bool) -> dict[str, Any]:
-    """Shards of `source` below `out`; does nothing when they are there already. Returns the summary the CLI prints.
+def shard(source: Source, out: Path | str, options: WriteOptions, *, overwrite: bool, progress: bool) -> dict[str, Any]:
+    """Shards of `source` below `out` (path or URL); does nothing when they are there already. Returns the summary.
 
-    A job that was interrupted starts again. Other shards are refused unless `overwrite`.
+    A job that was interrupted goes on after its finished shards. Other shards are refused unless `overwrite`.
     """
     began = time.monotonic()
-    count = getattr(source.module, "count", None)
-    total = count(source.config) if count else None
-    identity = identify(source)
-    job = {"kind": source.name, "options": options.recorded(), "source": identity}
-    with _alone(out):
-        up_to_date = _prepare(out, job, overwrite)
-        if not up_to_date:
+    store = Store(out)
+    job: Job = {"kind": source.name, "options": options.recorded(), "source": identify(source)}
+    with store.alone():
+        state = _prepare(store, job, overwrite)
+        if state != "whole":
             write_shards(
                 source.module.iter_records(source.config),
                 out,
                 options,
                 kind=source.name,
-                licences={package.spec: f"{package.licence}; {package.credit}" for package in source.packages},
+                licences=licences(source),
                 progress=progress,
-                total=total,
-                source=identity,
+                total=_total(source),
+                source=job["source"],
+                resume=state == "begun",
+                place=place(source),
             )
-    return summarise(out) | {"up_to_date": up_to_date, "seconds": round(time.monotonic() - began, 1)}
+    return summarise(store) | {"up_to_date": state == "whole", "seconds": round(time.monotonic() - began, 1)}
 
 
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keep a second process from writing to the same folder; a kill releases the lock."""
-    if out.exists() and not out.is_dir():
-        raise PipelineError(f"{out} is a file; --out names a folder")
-    out.mkdir(parents=True, exist_ok=True)
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks, such as some network ones: no worse than before
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise PipelineError(
-                    f"another process is writing to {out}: wait for it, or choose another --out"
-                ) from error
-        yield
-    finally:
-        os.close(handle)
+def extend(source: Source, out: Path | str, options: WriteOptions, *, progress: bool) -> dict[str, Any]:
+    """The records of another source as new shards after those of a finished folder; returns the summary.
+
+    Shards that are there stay as they are. `options`: the run's own (workers, fetch, on); what shapes the output is
+    taken from the folder. An interrupted extension goes on; one that is part of the folder already does nothing.
+    """
+    began = time.monotonic()
+    store = Store(out)
+    added = {"kind": source.name, "source": identify(source)}
+    with store.alone():
+        job = read_finished(store)
+        known = [strip(job), *map(strip, job.get(LATER, []))]
+        up_to_date = added in [{"kind": item["kind"], "source": item["source"]} for item in known]
+        if not up_to_date:
+            _extend(store, job, added, source, recorded_options(job, options), progress)
+    return summarise(store) | {"up_to_date": up_to_date, "seconds": round(time.monotonic() - began, 1)}
+
+
+def _extend(store: Store, job: Job, added: Job, source: Source, options: WriteOptions, progress: bool) -> None:
+    after = job | {LATER: [*job.get(LATER, []), added | {INPUT: place(source)}]}
+    resume = False
+    if (begun := read_job(store, join(TEMP, JOB))) is not None:
+        resume = strip_all(begun) == strip_all(after)
+        if not resume:
+            raise PipelineError(
+                f"{store}: another change was interrupted ({differences(strip_all(begun), strip_all(after))}): finish "
+                "it first with the same command"
+            )
+    store.write(join(TEMP, JOB), json_file(after))
+    parts = load_parts(store)
+    start = {split: len(part.shards) for split, part in parts.items()}
+    records = source.module.iter_records(source.config)
+    total = _total(source)
+    for work, done in run(
+        records, store, options, kind=source.name, progress=progress, total=total, resume=True, start=start
+    ):
+        parts.setdefault(work.split, Part()).add(done)
+    manifest = first_manifest(store)
+    finish(store, parts, options, manifest.kind, manifest.licences | licences(source))
+    conclude(store, after)
+
+
+def licences(source: Source) -> dict[str, str]:
+    """Package -> its licence and whom to credit."""
+    return {package.spec: f"{package.licence}; {package.credit}" for package in source.packages}
+
+
+def _total(source: Source) -> int | None:
+    count = getattr(source.module, "count", None)
+    return count(source.config) if count else None
 
 
 def identify(source: Source) -> dict[str, str]:
@@ -82,105 +117,207 @@ def identify(source: Source) -> dict[str, str]:
     return identity
 
 
+def place(source: Source) -> dict[str, str]:
+    """Where the source lies: `path` and `dir` of its configuration, made absolute."""
+    found = source.config.model_dump(mode="json", include={"path", "dir"}, exclude_none=True)
+    return {name: "::".join(map(_absolute, where.split("::"))) for name, where in found.items()}
+
+
+def _absolute(where: str) -> str:
+    return where if "://" in where else str(Path(where).absolute())
+
+
+def recall(job: Job, where: str) -> Source:
+    """The source that job.json speaks of. Raises ShardError when this version cannot read it any more."""
+    kind, source = job.get("kind"), job.get("source", {})
+    module = names().get(str(kind))
+    if module is None or INPUT not in job or "settings" not in source:
+        raise ShardError(f"{where} does not say where its records came from: shard the source again")
+    return Source(str(kind), module, module.Config(**json.loads(source["settings"]) | job[INPUT]))
+
+
 def code_digest() -> str:
     """sha256 over the modules that decide what lands in a shard; a changed reader must not pass for the old one."""
     here = Path(__file__).parent
-    paths = [
-        *sorted((here / "sources").glob("*.py")),
-        *(here / name for name in ("images.py", "shard_files.py", "write.py")),
-    ]
+    deciding = ("images.py", "pictures.py", "shard_files.py", "shards.py")
+    paths = [*sorted((here / "sources").glob("*.py")), *(here / name for name in deciding)]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
 
 
-def _prepare(out: Path, job: Mapping[str, Any], overwrite: bool) -> bool:
-    """Whether `out` holds the finished job already; otherwise makes room for it or refuses."""
-    if (out / JOB).exists():
-        before = _read_job(out / JOB)
-        if before == job and _is_whole(out):
-            return True
+def _prepare(store: Store, job: Job, overwrite: bool) -> str:
+    """`whole`, `begun` (the same job, interrupted) or `empty`: what is there now; makes room or refuses."""
+    before, begun = read_job(store, JOB), read_job(store, join(TEMP, JOB))
+    if before is not None:
+        if strip(before) == job and is_whole(store) and not _is_changing(store, before, begun):
+            store.remove_folder(TEMP)  # a kill after job.json was written leaves it behind
+            return "whole"
+        if not overwrite and strip(before) == job and begun is not None:
+            raise PipelineError(
+                f"{store}: an extension or a retry was interrupted: finish it with the same command, or write "
+                "everything anew with --overwrite"
+            )
         if not overwrite:
             raise PipelineError(
-                f"{out} holds other shards (different: {_differences(before, job)}): choose another --out, or replace "
-                "them with --overwrite"
+                f"{store} holds other shards (different: {differences(strip(before), job)}): choose another --out, or "
+                "replace them with --overwrite"
             )
-        _clear(out)
-    elif (out / TEMP / JOB).exists():
-        _clear(out)  # an interrupted job of ours: nothing complete is lost
-    elif any(out.iterdir()) and not overwrite:
+    elif begun is not None:
+        if strip(begun) == job:
+            _sweep(store)
+            return "begun"
+        if not overwrite:
+            raise PipelineError(
+                f"{store} holds an unfinished job (different: {differences(strip(begun), job)}): finish it with the "
+                "same command, choose another --out, or replace it with --overwrite"
+            )
+    elif (store.names() or {*store.names(kind="directory")} - {TEMP}) and not overwrite:
         raise PipelineError(
-            f"{out} is not empty and holds no shards of this tool: choose another --out, or add --overwrite"
+            f"{store} is not empty and holds no shards of this tool: choose another --out, or add --overwrite"
         )
-    return False
+    if before is not None or begun is not None:
+        _clear(store)
+    return "empty"
 
 
-def _read_job(path: Path) -> dict[str, Any]:
+def _is_changing(store: Store, job: Job, begun: Job | None) -> bool:
+    """Whether an extension or a retry of a finished folder was interrupted."""
+    return begun is not None and (strip_all(begun) != strip_all(job) or "retry" in store.names(TEMP, "directory"))
+
+
+def _sweep(store: Store) -> None:
+    """Remove temp files that a killed process left, and nothing that has a name."""
+    for folder in ("", *store.names(kind="directory")):
+        for name in store.names(folder):
+            if (folder == TEMP and name != JOB) or (name.startswith(".") and OURS.fullmatch(name)):
+                store.remove(join(folder, name))
+
+
+def read_job(store: Store, name: str) -> Job | None:
+    """A job file's content, {} when it is damaged, None when it is missing."""
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(store.read(name))
+    except FileNotFoundError:
+        return None
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+def read_finished(store: Store) -> Job:
+    """job.json of a finished folder. Raises ShardError when there is none."""
+    job = read_job(store, JOB)
+    if not job:
+        raise ShardError(f"{store} holds no finished shards of this tool: write some with `vlp shard SOURCE --out DIR`")
+    return job
+
+
+def strip(job: Job) -> Job:
+    """A job without what may differ: its place, and what was added later."""
+    return {name: value for name, value in job.items() if name not in (INPUT, LATER)}
+
+
+def strip_all(job: Job) -> Job:
+    """A job with its additions, without places."""
+    return strip(job) | {f"{LATER}.{n}": strip(item) for n, item in enumerate(job.get(LATER, []))}
+
+
+def recorded_options(job: Job, options: WriteOptions) -> WriteOptions:
+    """The options a folder was written with; workers, fetch and place of work from `options`."""
+    run_time = {name: getattr(options, name) for name in ("workers", "fetch", "fetch_concurrency", "on")}
+    return WriteOptions(**job["options"] | run_time)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """Dotted names of what changed, with old and new value where they are short."""
     flat_before, flat_after = _flatten(before), _flatten(after)
-    changed = [name for name in flat_after if flat_before.get(name) != flat_after[name]]
+    changed = [name for name in {**flat_after, **flat_before} if flat_before.get(name) != flat_after.get(name)]
     words = []
     for name in changed:
-        old, new = flat_before.get(name), flat_after[name]
-        hashed = isinstance(new, str) and len(new) == 64
+        old, new = flat_before.get(name), flat_after.get(name)
+        hashed = isinstance(new or old, str) and len(new or old or "") == 64
         words.append(name if hashed else f"{name} was {old!r}, is {new!r}")
     return "; ".join(words) or "files are missing or damaged"
 
 
-def _flatten(job: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten(job: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in job.items():
-        flat |= {f"{name}.{inner}": item for inner, item in value.items()} if isinstance(value, dict) else {name: value}
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 
-def _splits(out: Path) -> list[str]:
-    """Split folders with a manifest below `out`; "" for `out` itself."""
-    return sorted(
-        "" if path.parent == out else path.parent.name for path in (*out.glob(MANIFEST), *out.glob(f"*/{MANIFEST}"))
-    )
+def splits(store: Store) -> list[str]:
+    """Split folders with a manifest; "" for the folder itself."""
+    return [name for name in ("", *store.names(kind="directory")) if store.size(join(name, MANIFEST)) is not None]
 
 
-def _is_whole(out: Path) -> bool:
+def manifest_of(store: Store, split: str) -> Manifest:
+    """Manifest of a split. Raises ShardError when it is damaged."""
+    name = join(split, MANIFEST)
+    return parse_manifest(store.read(name), f"{store}/{name}")
+
+
+def first_manifest(store: Store) -> Manifest:
+    """Manifest of the first split. Raises ShardError when there is none."""
+    for split in splits(store):
+        return manifest_of(store, split)
+    raise ShardError(f"{store} holds no {MANIFEST}, so it is no finished shard folder")
+
+
+def load_parts(store: Store) -> Parts:
+    """The accounts of all shards that the manifests name. Raises ShardError when one is not whole."""
+    parts: Parts = {}
+    for split in splits(store):
+        part = parts[split] = Part()
+        for info in manifest_of(store, split).shards:
+            part.add(_load(store, split, info.name.removesuffix(".tar")))
+    return parts
+
+
+def _load(store: Store, split: str, name: str) -> Done:
+    done = load_done(store, split, name)
+    if done is None:
+        raise ShardError(
+            f"{store}/{join(split, name)}.tar or its files are damaged: see `vlp shard verify {store}`, then shard "
+            "the source again with --overwrite"
+        )
+    return done
+
+
+def is_whole(store: Store) -> bool:
     """Whether every shard of every manifest has its length. Digests are left to verification."""
     try:
-        manifests = [(out / split, load_manifest(out / split)) for split in _splits(out)]
+        shards = [(split, info) for split in splits(store) for info in manifest_of(store, split).shards]
     except ShardError:
         return False
-    shards = [(folder / shard.name, shard.bytes) for folder, manifest in manifests for shard in manifest.shards]
-    return bool(shards) and all(path.is_file() and path.stat().st_size == size for path, size in shards)
+    return bool(shards) and all(store.size(join(split, info.name)) == info.bytes for split, info in shards)
 
 
-def _clear(out: Path) -> None:
+def _clear(store: Store) -> None:
     """Remove what a sharding job wrote, and nothing else; job.json first, so that a kill leaves an unfinished job."""
-    begun = [path.name for path in (out / TEMP).iterdir() if path.is_dir()] if (out / TEMP).is_dir() else []
-    folders = [out, *(out / split for split in {*_splits(out), *begun} if split)]
-    (out / TEMP).mkdir(exist_ok=True)
-    if (out / JOB).exists():
-        (out / JOB).replace(out / TEMP / JOB)
-    for folder in folders:
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if path.is_file() and OURS.fullmatch(path.name):
-                path.unlink()
-        if folder != out and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-    shutil.rmtree(out / TEMP)
+    if (content := read_job(store, JOB)) is not None:
+        store.write(join(TEMP, JOB), json_file(content))
+        store.remove(JOB)
+    for folder in ("", *store.names(kind="directory")):
+        shards = any(name.endswith((".tar", MANIFEST)) and OURS.fullmatch(name) for name in store.names(folder))
+        if (folder and not shards) or folder == TEMP:
+            continue  # not a split of ours
+        for name in store.names(folder):
+            if OURS.fullmatch(name):
+                store.remove(join(folder, name))
+        if folder and not store.names(folder) and not store.names(folder, "directory"):
+            store.remove_folder(folder)
+    store.remove_folder(TEMP)
 
 
-def summarise(out: Path) -> dict[str, Any]:
+def summarise(store: Store) -> dict[str, Any]:
     """Counts of a finished output folder, in all and per split, from its manifests."""
-    manifests = {split: load_manifest(out / split) for split in _splits(out)}
+    manifests = {split: manifest_of(store, split) for split in splits(store)}
     parts = {
-        split: _counts([manifest]) | {"manifest": manifest_digest(out / split)} for split, manifest in manifests.items()
+        split: _counts([manifest]) | {"manifest": hashlib.sha256(store.read(join(split, MANIFEST))).hexdigest()}
+        for split, manifest in manifests.items()
     }
-    kind = next(iter(manifests.values())).kind
-    return {"out": str(out), "kind": kind, **_counts(manifests.values()), "splits": parts}
+    return {"out": str(store), "kind": first_manifest(store).kind, **_counts(manifests.values()), "splits": parts}
 
 
 def _counts(manifests: Iterable[Manifest]) -> dict[str, Any]:

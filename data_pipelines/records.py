@@ -20,7 +20,7 @@ FORMAT = 1
 
 RESERVED = frozenset(
     ("url", "caption", "captions", "labels", "source", "boxes", "key", "status", "error_message", "width", "height",
-     "original_width", "original_height", "sha256")
+     "original_width", "original_height", "sha256", "stored_sha256", "text_sha256")
 )  # fmt: skip
 """Columns the writer computes; img2dataset's names where it has the column."""
 
@@ -78,6 +78,19 @@ class Manifest(StrictModel):
     shards: tuple[ShardInfo, ...]
 
 
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """Manifest from a file's content; `where` names it in errors. Raises ShardError as `load_manifest`."""
+    try:
+        manifest = Manifest.model_validate_json(content)
+    except ValidationError as error:
+        raise ShardError(f"{where} is damaged: {explain(error)}") from error
+    if manifest.format > FORMAT:
+        raise ShardError(
+            f"{where} has format {manifest.format}, this version reads up to {FORMAT}: install a newer vlp"
+        )
+    return manifest
+
+
 def load_manifest(folder: Path) -> Manifest:
     """Manifest of a finished shard folder. Raises ShardError when it is missing, damaged or newer than this version."""
     path = folder / MANIFEST
@@ -89,13 +102,7 @@ def load_manifest(folder: Path) -> Manifest:
             else "; write shards with `vlp shard SOURCE --out DIR`"
         )
         raise ShardError(f"{folder} holds no {MANIFEST}, so it is no finished shard folder{hint}")
-    try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise ShardError(f"{path} is damaged: {explain(error)}") from error
-    if manifest.format > FORMAT:
-        raise ShardError(f"{path} has format {manifest.format}, this version reads up to {FORMAT}: install a newer vlp")
-    return manifest
+    return parse_manifest(path.read_bytes(), str(path))
 
 
 def manifest_digest(folder: Path) -> str:

@@ -88,3 +88,10 @@ def serve() -> Iterator[Web]:
         finally:
             server.shutdown()
             thread.join()
+
+
+def run_shard(*arguments: str) -> None:
+    """`vlp shard` with these arguments; something a fresh process can be told to run."""
+    from data_pipelines.cli import shard
+
+    shard(arguments)

@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 MAY_USE: dict[str, tuple[str, ...]] = {
-    "data_pipelines": (),
+    "data_pipelines": ("ray",),
     "vlp": (),
     "server": ("serve",),
     "tests": ("serve", "dev"),

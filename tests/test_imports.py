@@ -37,7 +37,24 @@ def test_help_loads_no_torch(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["records", "write", "images", "packages", "plan", "shard_set", "remote", "sources.folder", "sources.starter"],
+    [
+        "records",
+        "write",
+        "job",
+        "retry",
+        "verify",
+        "dedup",
+        "survey",
+        "distribute",
+        "commands.write",
+        "images",
+        "packages",
+        "plan",
+        "shard_set",
+        "remote",
+        "sources.folder",
+        "sources.starter",
+    ],
 )
 def test_the_sharding_path_loads_no_torch(module: str) -> None:
     assert loaded(f"import data_pipelines.{module}", "torch") == set()

@@ -1,10 +1,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from data_pipelines import console
-from data_pipelines.cli import data, shard
+from data_pipelines.cli import COMMANDS, data, shard
 from data_pipelines.errors import BadSample
 from data_pipelines.testing import draw
 
@@ -152,7 +150,20 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in python(code, "nope", "--out", tmp_path / "out", VLP_DEBUG="1").stderr
 
 
-@pytest.mark.parametrize("command", [shard, data, data.commands["fetch"]])
+@pytest.mark.parametrize("name", ["", "write", *COMMANDS])
+def test_every_command_has_an_example_and_json(name: str) -> None:
+    result = CliRunner().invoke(shard, [*name.split(), "--help"])
+    assert result.exit_code == 0, result.output
+    assert "--json" in result.stdout
+    assert "vlp shard " in result.stdout.partition("Example")[2]
+
+
+def test_the_group_lists_its_commands() -> None:
+    listed = CliRunner().invoke(shard, ["--help"]).stdout.partition("Commands:")[2].split()
+    assert set(COMMANDS) <= set(listed)
+
+
+@pytest.mark.parametrize("command", [data, data.commands["fetch"]])
 def test_help_has_an_example(command: click.Command) -> None:
     result = CliRunner().invoke(command, ["--help"])
     assert result.exit_code == 0
@@ -168,12 +179,73 @@ def test_img2dataset_spellings_are_accepted(photos: Path, tmp_path: Path) -> Non
 
 def test_no_torch_is_loaded(photos: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from data_pipelines.cli import shard; shard(sys.argv[1:], standalone_mode=False); "
+        "import json, sys; from data_pipelines.cli import shard\n"
+        "for arguments in json.loads(sys.argv[1]): shard(arguments, standalone_mode=False)\n"
         "print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'torchvision', 'vlp', 'server')))"
     )
-    for arguments in (["--help"], [photos, "--out", tmp_path / "out"]):
-        done = python(code, *arguments)
-        assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    out = str(tmp_path / "out")
+    looks = [[name, out] for name in ("verify", "stats", "ls", "dedup", "retry")]
+    commands = [["--help"], [str(photos), "--out", out], *looks, ["show", out, "00000000"], ["plan", str(photos)]]
+    done = python(code, json.dumps(commands))
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_options_stand_before_or_behind_the_source(photos: Path, tmp_path: Path) -> None:
+    assert run("--out", tmp_path / "a", photos).exit_code == 0
+    assert run("write", photos, "--out", tmp_path / "b").exit_code == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_settings_reach_the_source_and_unknown_ones_are_refused(photos: Path, tmp_path: Path) -> None:
+    refused = run(photos, "--out", tmp_path / "a", "--box-col", "boxes", "--label-col", "x,y")
+    assert refused.exit_code == 1
+    assert "box_col, label_col: source 'folder' has no such option" in refused.stderr
+
+
+def test_shards_can_be_looked_at(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(photos, "--out", out, "--samples-per-shard", 5)
+    found = summary(run("stats", out, "--json"))
+    assert (found["rows"], found["samples"], found["failures"]) == (8, 7, {"no_caption": 1})
+    assert found["quantiles"]["width"] == {"min": 40, "p5": 40, "median": 43, "p95": 46, "max": 46}
+    assert "captions per sample: 7 with 2" in run("stats", out).stdout
+    assert [row["key"] for row in summary(run("ls", out, "--json"))["rows"]] == [
+        *(f"00000{n}" for n in range(5)), "000010", "000011", "000012",
+    ]  # fmt: skip
+    failed = run("ls", out, "--failed").stdout.splitlines()
+    assert len(failed) == 1
+    assert failed[0].split()[1] == "no_caption"
+    assert len(run("ls", out, "--limit", 2).stdout.splitlines()) == 2
+    shown = summary(run("show", out, "000012", "--json", "--save", tmp_path / "x.png"))
+    assert (shown["url"], shown["shard"], shown["format"]) == ("trip/p6.png", "00001.tar", "png")
+    data = (out / "00001.tar").read_bytes()[shown["offset"] : shown["offset"] + shown["bytes"]]
+    assert data == (tmp_path / "x.png").read_bytes() == (photos / "trip" / "p6.png").read_bytes()
+    assert "key '9' is in no shard" in run("show", out, "9").stderr
+    assert "no picture of it" in run("show", out, failed[0].split()[0], "--save", tmp_path / "y").stderr
+    assert "holds no .parquet" in run("stats", photos).stderr
+
+
+def test_plan_says_what_will_be_written(photos: Path, tmp_path: Path) -> None:
+    plan = summary(run("plan", photos, "--samples-per-shard", 5, "--json"))
+    run(photos, "--out", tmp_path / "out", "--samples-per-shard", 5)
+    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
+    assert (plan["records"], plan["shards"], plan["tried"], plan["failures"]) == (8, 2, 8, {"no_caption": 1})
+    assert 0.3 * written < plan["bytes"] < 3 * written
+    assert not (tmp_path / "plan").exists()
+    assert "8 records, 1 shards; of 8 tried: no_caption 1" in run("plan", photos).stdout
+
+
+def test_retry_and_extend_from_the_command_line(photos: Path, tmp_path: Path) -> None:
+    out, more = tmp_path / "out", tmp_path / "more"
+    run(photos, "--out", out)
+    (photos / "lonely.txt").write_text("no longer alone")
+    again = run("retry", out)
+    assert (again.exit_code, "1 of 1 failed rows became samples" in again.stdout) == (0, True), again.output
+    shutil.copytree(photos / "trip", more)
+    added = summary(run("extend", out, more, "--json"))
+    assert (added["samples"], added["shards"], added["up_to_date"]) == (11, 2, False)
+    assert run("verify", out).exit_code == 0
+    assert summary(run("dedup", out, "--json"))["exact"] == 3
 
 
 def test_fetch_prints_paths_licences_and_credits() -> None:
@@ -199,40 +271,24 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _written(path: Path) -> int:
-    """Time of writing in nanoseconds; 0 for a file that is gone by now."""
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
-
-
-def test_a_kill_leaves_whole_files_and_the_next_run_completes(many: Path, tmp_path: Path) -> None:
-    options = ["--samples-per-shard", "4", "--image-size", "16"]
-    assert run(many, "--out", tmp_path / "whole", *options).exit_code == 0
-    whole = contents(tmp_path / "whole")
-    out = tmp_path / "out"
-    for shards in (1, 20, 40):
-        began = time.time_ns()
-        command = [sys.executable, "-c", CLI, str(many), "--out", str(out), *options]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        # each run starts over: wait until it has removed the last one's shards and written so many of its own
-        while sum(_written(path) > began for path in out.glob("*_stats.json")) < shards:
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (out / "job.json").exists()
-        visible = [path for path in out.iterdir() if path.is_file() and not path.name.startswith(".")]
-        for path in visible:
-            assert path.name.endswith("_stats.json") or path.read_bytes() == whole[path.name]
-        for path in out.glob("*_stats.json"):  # a shard is done if and only if this exists
-            with tarfile.open(out / path.name.replace("_stats.json", ".tar")) as tar:
-                assert len(tar.getnames()) == 3 * json.loads(path.read_text())["successes"] == 12
-    assert run(many, "--out", out, *options).exit_code == 0
-    assert contents(out) == whole
+def test_a_full_disk_is_one_message_and_no_end(photos: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk: the kernel refuses the same write calls."""
+    code = (
+        "import resource, signal, sys; from data_pipelines.cli import shard\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 2**30))\n"
+        "shard(sys.argv[1:])"
+    )
+    options = ["--samples-per-shard", "4"]
+    (photos / "trip" / "p5.txt").write_text("fits\n" * 3_000)  # the second shard does not
+    assert run(photos, "--out", tmp_path / "whole", *options).exit_code == 0
+    done = python(code, photos, "--out", tmp_path / "out", *options)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("sharding")]
+    assert "cannot be written (File too large)" in " ".join(errors), done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["00000.tar"]
+    assert run(photos, "--out", tmp_path / "out", *options).exit_code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_two_processes_do_not_share_a_folder(many: Path, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The commands of `vlp shard`; data_pipelines.cli mounts them."""

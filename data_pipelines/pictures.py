@@ -1,0 +1,164 @@
+"""A record's picture made ready for a shard: read, hashed, checked, resized and encoded as the options ask."""
+
+import hashlib
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field, model_validator
+
+from data_pipelines.config import StrictModel
+from data_pipelines.errors import BadSample, ConfigError
+from data_pipelines.fetch import FetchOptions, read_bytes
+from data_pipelines.images import (
+    MAX_PIXELS,
+    EncodeFormat,
+    ResizeMode,
+    encode,
+    is_rotated,
+    needs_resize,
+    open_checked,
+    open_header,
+    resize_to,
+    scaled_size,
+    upright,
+)
+from data_pipelines.records import Record
+
+KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Formats whose original bytes may stay, and their member extension."""
+PLAIN = {"RGB": "RGB", "L": "GRAY"}
+"""Modes of JPEGs that simplejpeg decodes to the very layout Pillow uses, and its name for them."""
+
+
+class WriteOptions(StrictModel):
+    """How pictures become shard members. Names are img2dataset's."""
+
+    image_size: int | None = Field(default=None, ge=1)
+    """Target side in pixels; None leaves every picture as it is."""
+    resize_mode: ResizeMode = "no"
+    resize_only_if_bigger: bool = True
+    encode_format: EncodeFormat | None = None
+    """None keeps a picture's own format (GIF becomes png). Original bytes are kept wherever nothing has to change."""
+    encode_quality: int | None = Field(default=None, ge=0, le=100)
+    """1..100 for jpg and webp (default 95), compression level 0..9 for png (default 6)."""
+    samples_per_shard: int = Field(default=1000, ge=1)
+    """Rows per shard; failed rows use up their index."""
+    oom_shard_count: int = Field(default=5, ge=1, le=18)
+    """Digits of a shard's name."""
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
+    workers: int = Field(default=0, ge=0)
+    """Threads for checking, resizing and encoding; 0 = one per core. Does not change a byte of the output."""
+    fetch: FetchOptions = FetchOptions()
+    fetch_concurrency: int = Field(default=32, ge=1)
+    """URLs fetched at the same time."""
+    on: str | None = Field(default=None, pattern=r"^ray(:.+)?$")
+    """None: this process. `ray` or `ray:ADDRESS`: the same shards, written by tasks of a Ray cluster."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "WriteOptions":
+        if (self.image_size is None) != (self.resize_mode == "no"):
+            raise ConfigError(
+                f"image_size {self.image_size} with resize_mode {self.resize_mode!r}: give both or neither; modes are "
+                "keep_ratio, keep_ratio_largest, center_crop, border"
+            )
+        if self.encode_quality is not None and self.encode_format is None:
+            raise ConfigError(f"encode_quality {self.encode_quality} has no effect without encode_format")
+        if self.encode_format == "png" and (self.encode_quality or 0) > 9:
+            raise ConfigError(f"encode_quality {self.encode_quality}: png takes a compression level of 0 to 9")
+        return self
+
+    def recorded(self) -> dict[str, str | int | float | bool | None]:
+        """The options that shape the output, for the manifest."""
+        return self.model_dump(exclude={"workers", "fetch", "fetch_concurrency", "on"})
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A record's picture, ready for the tar, or the reason why there is none."""
+
+    sha256: str | None = None
+    """Of the original bytes."""
+    image: bytes = b""
+    extension: str = ""
+    original: tuple[int, int] | None = None
+    size: tuple[int, int] | None = None
+    reason: str = ""
+    message: str | None = None
+    unread: bool = False
+
+
+def prepare(record: Record, options: WriteOptions, gate: AbstractContextManager[object] | None = None) -> Prepared:
+    """Read, hash, check, resize and encode one picture; what is wrong with it comes back as a value.
+
+    `gate` is held while pixels are in memory, so that many threads can wait for servers and few decode.
+    """
+    reason = record.problem.partition(":")[0]
+    if reason and isinstance(record.image, str):
+        return Prepared(reason=reason, message=record.problem, unread=True)  # no need to trouble a server for it
+    try:
+        data = read_bytes(record.image, options.fetch)
+    except BadSample as error:
+        return Prepared(reason=error.reason, message=str(error), unread=True)
+    digest = hashlib.sha256(data).hexdigest()
+    if reason:
+        return Prepared(digest, reason=reason, message=record.problem, unread=True)
+    try:
+        with gate or nullcontext():
+            return _convert(data, digest, options)
+    except BadSample as error:
+        return Prepared(digest, reason=error.reason, message=str(error))
+
+
+def _convert(data: bytes, digest: str, options: WriteOptions) -> Prepared:
+    image = open_header(data, options.max_pixels)
+    original = image.size
+    kept = KEPT.get(image.format or "", "")
+    size, mode = options.image_size or 0, options.resize_mode
+    resize = needs_resize(*original, size, mode, options.resize_only_if_bigger)
+    target: EncodeFormat = options.encode_format or ("webp" if kept == "webp" else "jpg" if kept == "jpg" else "png")
+    plain = kept == "jpg" and image.mode in PLAIN
+    # A turned picture is re-encoded upright: the fast decoders of the training path do not read EXIF.
+    turned = is_rotated(image)
+    if kept == target and not resize and not turned:
+        # One eighth of the size is enough to prove a JPEG whole: every coefficient is still read.
+        if not plain or _decode(data, image, (1, 1)) is None:
+            open_checked(data, options.max_pixels)
+        return Prepared(digest, data, kept, original, original)
+    scaled = scaled_size(*original, size, mode) if resize else original
+    if plain and not turned and scaled < original and (pixels := _decode(data, image, scaled)) is not None:
+        # Scaled decoding has filtered already, so the cheaper of two equally good filters is enough.
+        small = Image.fromarray(pixels)
+        small = small.resize(scaled, Image.Resampling.BILINEAR, box=(0, 0, *_exact_size(original, small.size)))
+        small = resize_to(small, size, mode, only_if_bigger=False)
+        return Prepared(digest, encode(small, target, options.encode_quality), target, original, small.size)
+    image = upright(open_checked(data, options.max_pixels))
+    if resize:
+        image = resize_to(image, size, mode, options.resize_only_if_bigger)
+    return Prepared(digest, encode(image, target, options.encode_quality), target, original, image.size)
+
+
+def _exact_size(original: tuple[int, int], scaled: tuple[int, int]) -> tuple[float, float]:
+    """What part of a picture decoded in eighths is picture: its sides were rounded up to whole pixels."""
+    for eighths in range(1, 8):
+        exact = original[0] * eighths / 8, original[1] * eighths / 8
+        if (math.ceil(exact[0]), math.ceil(exact[1])) == scaled:
+            return exact
+    return scaled
+
+
+def _decode(data: bytes, image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8] | None:
+    """HWC pixels at the smallest scale (in eighths) that covers `size` (width, height); None leaves it to Pillow.
+
+    Damage is left to Pillow as well: it says what is wrong, and reads what is merely untidy.
+    """
+    colours = PLAIN[image.mode]
+    try:
+        pixels = simplejpeg.decode_jpeg(data, colours, min_width=size[0], min_height=size[1])
+    except ValueError:
+        return None
+    return pixels[:, :, 0] if colours == "GRAY" else pixels  # type: ignore[no-any-return]

@@ -1,0 +1,61 @@
+"""The quick JPEG path against Pillow's: same geometry, nearly the same pixels, the same verdicts."""
+
+import io
+import math
+from typing import get_args
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines.images import ResizeMode, encode, resize_to
+from data_pipelines.pictures import Prepared, WriteOptions, prepare
+from data_pipelines.records import Record
+from data_pipelines.testing import draw
+
+MODES = [mode for mode in get_args(ResizeMode) if mode != "no"]
+
+
+def run(data: bytes, **options: object) -> Prepared:
+    return prepare(Record(image=data, captions=(), source="", origin=""), WriteOptions.model_validate(options))
+
+
+def psnr(one: Image.Image, other: Image.Image) -> float:
+    difference = np.asarray(one.convert("RGB"), np.float64) - np.asarray(other.convert("RGB"), np.float64)
+    return 10 * math.log10(255**2 / max(float((difference**2).mean()), 1e-9))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [(640, 480), (321, 243), (100, 301), (257, 257), (1000, 90)])
+@pytest.mark.parametrize("always", [False, True])
+def test_geometry_and_pixels_are_those_of_pillow(mode: ResizeMode, size: tuple[int, int], always: bool) -> None:
+    data = draw(size, format="JPEG", seed=3)
+    image = Image.open(io.BytesIO(data))
+    expected = resize_to(image, 128, mode, not always)
+    found = run(data, image_size=128, resize_mode=mode, resize_only_if_bigger=not always)
+    stored = Image.open(io.BytesIO(found.image))
+    assert stored.size == found.size == expected.size
+    assert found.original == size
+    assert psnr(stored, Image.open(io.BytesIO(encode(expected, "jpg")))) > 36
+
+
+def test_grey_and_cmyk_and_turned_pictures() -> None:
+    grey = run(draw((300, 200), "L", "JPEG"), image_size=100, resize_mode="keep_ratio")
+    assert (
+        psnr(Image.open(io.BytesIO(grey.image)), Image.open(io.BytesIO(draw((300, 200), "L"))).resize((150, 100))) > 36
+    )
+    cmyk = run(draw((300, 200), "CMYK", "JPEG"), image_size=100, resize_mode="keep_ratio")
+    assert (Image.open(io.BytesIO(cmyk.image)).mode, cmyk.size) == ("RGB", (150, 100))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    Image.open(io.BytesIO(draw((300, 200)))).save(stream, "JPEG", exif=exif)
+    assert run(stream.getvalue(), image_size=100, resize_mode="keep_ratio").size == (100, 150)
+
+
+@pytest.mark.parametrize("options", [{}, {"image_size": 50, "resize_mode": "keep_ratio"}])
+def test_a_cut_jpeg_is_never_a_sample(options: dict[str, object]) -> None:
+    data = draw((200, 150), format="JPEG")
+    for length in np.linspace(2, len(data) - 3, 40).astype(int).tolist():
+        assert run(data[:length], **options).reason in ("truncated_image", "corrupt_image", "not_an_image"), length
+    assert run(data, **options).reason == ""
