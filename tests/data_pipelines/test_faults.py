@@ -21,7 +21,7 @@ from data_pipelines.errors import PipelineError
 from data_pipelines.files import sha256_file
 from data_pipelines.ledger import Ledger
 from data_pipelines.preprocess import ImageConfig
-from data_pipelines.shard_files import write_index
+from data_pipelines.shard_files import index_path
 from data_pipelines.shard_set import ShardSet
 from data_pipelines.stream import decoded, stored
 
@@ -129,7 +129,7 @@ def write_sidecars(folder: Path) -> None:
                 place = rows.setdefault(key, [0] * 6)
                 if column is not None:
                     place[column : column + 2] = [info.offset_data, info.size]
-        write_index(path, [tuple(row) for row in rows.values()])
+        np.save(index_path(path), np.array(list(rows.values()), dtype=np.int64))
         size, digest = path.stat().st_size, sha256_file(path)
         infos.append({"name": path.name, "samples": len(rows), "bytes": size, "sha256": digest})
         total += len(rows)

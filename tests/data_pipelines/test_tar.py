@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_pipelines.errors import ShardError
 from data_pipelines.reader import Shard
-from data_pipelines.shard_files import TarWriter, write_index
+from data_pipelines.shard_files import TarWriter, index_path
 from data_pipelines.tar import BLOCK, contents, indexed, split_name, walk_tar
 
 COMMON = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -145,7 +145,7 @@ def test_a_shard_with_an_index_is_opened_without_a_walk(tmp_path: Path, monkeypa
     path = tmp_path / "00000.tar"
     path.write_bytes(content)
     walked = Shard(path)
-    write_index(path, index.tolist())
+    np.save(index_path(path), index)
     monkeypatch.setattr("data_pipelines.reader.walk_tar", None)
     opened = Shard(path)
     assert [opened.key(row) for row in range(9)] == [walked.key(row) for row in range(9)]
