@@ -44,12 +44,16 @@ def open_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ) from error
     except DAMAGE as error:
         raise BadSample("not_an_image", f"{len(data)} bytes are no {', '.join(FORMATS)} picture") from error
-    width, height = image.size
+    check_size(*image.size, max_pixels)
+    return image
+
+
+def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Raises BadSample: `too_many_pixels`, or `empty_image` for none."""
     if width * height > max_pixels:
         raise BadSample("too_many_pixels", f"{width:,} x {height:,} = {width * height:,} pixels, limit {max_pixels:,}")
     if width * height == 0:
         raise BadSample("empty_image", f"{width} x {height} pixels")
-    return image
 
 
 def open_checked(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -95,12 +99,28 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
 
 
-def is_rotated(image: Image.Image) -> bool:
-    """Whether EXIF asks for the picture to be turned or mirrored before it is shown."""
+def orientation(image: Image.Image) -> int:
+    """How EXIF asks for the picture to be turned or mirrored before it is shown: 2..8, or 1 for not at all."""
     try:
-        return int(image.getexif().get(ORIENTATION, 1)) not in (0, 1)
+        asked = int(image.getexif().get(ORIENTATION, 1))
     except DAMAGE:
-        return False  # damaged EXIF does no harm to the pixels
+        return 1  # damaged EXIF does no harm to the pixels
+    return asked if 2 <= asked <= 8 else 1
+
+
+def is_rotated(image: Image.Image) -> bool:
+    """Whether `upright` changes the picture."""
+    return orientation(image) != 1
+
+
+def has_exif(jpeg: bytes) -> bool:
+    """Whether a JPEG carries EXIF, from its marker segments alone: a tenth of the time that Pillow takes to open it."""
+    at = 2
+    while jpeg[at : at + 1] == b"\xff" and jpeg[at + 1 : at + 2] != b"\xda":  # the picture itself starts at 0xDA
+        if jpeg.startswith(b"Exif\0\0", at + 4):
+            return True
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return False
 
 
 def upright(image: Image.Image) -> Image.Image:
