@@ -47,7 +47,7 @@ class ImageConfig(StrictModel):
     """shortest: short side to `size`, then centre crop. longest: long side to `size`, then pad with `ground`."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     scaled_decode: bool = False
-    """Decode JPEGs of twice the wanted size or more at a half, quarter or eighth: faster, about 42 dB of the full one."""
+    """Decode JPEGs of twice the wanted size or more at a half, quarter or eighth: faster, about 42 dB away."""
     mean: tuple[float, float, float] = OPENAI_MEAN
     std: tuple[float, float, float] = OPENAI_STD
     ground: int = 255
