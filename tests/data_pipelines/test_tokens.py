@@ -9,6 +9,7 @@ import ftfy.bad_codecs  # noqa: F401 - registers the sloppy code pages
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
 
 from data_pipelines import tokens
 from data_pipelines.files import cache_dir
@@ -98,7 +99,7 @@ def test_the_word_table_gives_what_the_library_gives_and_does_not_grow_for_ever(
 ) -> None:
     texts = [name.lower() for name in names()[::999]]
     for tokenizer in (tokenizers()[0], learn_tokenizer(texts, vocab_size=600, context_length=77)):
-        library = tokens.Backend.from_str(tokenizer.vocabulary)
+        library = Backend.from_str(tokenizer.vocabulary)
         library.enable_truncation(77)
         library.enable_padding(pad_id=0, length=77)
         monkeypatch.setattr(tokens, "MAX_WORDS", 3)
