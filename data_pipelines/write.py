@@ -33,7 +33,10 @@ from data_pipelines.images import (
     is_rotated,
     needs_resize,
     open_checked,
+    open_header,
     resize_to,
+    resized_size,
+    swaps_sides,
     upright,
 )
 from data_pipelines.records import MANIFEST, RESERVED, Manifest, Record, ShardInfo
@@ -183,16 +186,18 @@ def prepare(record: Record, options: WriteOptions) -> _Prepared:
     if record.problem:
         return _Prepared(digest, reason=record.problem.partition(":")[0], message=record.problem, unread=True)
     try:
-        image = open_checked(data, options.max_pixels)
-        original = image.size
+        size, mode = options.image_size or 0, options.resize_mode
+        original = open_header(data, options.max_pixels).size
+        resize = needs_resize(*original, size, mode, options.resize_only_if_bigger)
+        image = open_checked(data, options.max_pixels, resized_size(*original, size, mode) if resize else None)
         kept = KEPT.get(image.format or "", "")
-        resize = needs_resize(*original, options.image_size or 0, options.resize_mode, options.resize_only_if_bigger)
         # A turned picture is re-encoded upright: the fast decoders of the training path do not read EXIF.
         if kept and kept == (options.encode_format or kept) and not resize and not is_rotated(image):
             return _Prepared(digest, data, kept, original, original)
+        turned = original[::-1] if swaps_sides(image) else original
         image = upright(image)
         if resize:
-            image = resize_to(image, options.image_size or 0, options.resize_mode, options.resize_only_if_bigger)
+            image = resize_to(image, size, mode, options.resize_only_if_bigger, turned)
         target = options.encode_format or ("webp" if kept == "webp" else "jpg" if kept == "jpg" else "png")
         return _Prepared(digest, encode(image, target, options.encode_quality), target, original, image.size)
     except BadSample as error:
