@@ -24,7 +24,7 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version.split()[0]; print("Pyth
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --editable '.[serve,dev]'
 
 help:  ## list the targets (default)
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 setup: $(STAMP)  ## create .venv and install the project into it, with all extras
 

@@ -10,6 +10,7 @@ once only. Cleaning (ftfy, HTML) runs where a cheap test says that it may change
 import gzip
 import hashlib
 import html
+import importlib
 import importlib.util
 import json
 import re
@@ -179,9 +180,7 @@ def _accelerator(backend: Backend) -> Any:
     entries = backend.get_vocab()
     if hashlib.sha256("\n".join(sorted(entries, key=entries.__getitem__)).encode()).hexdigest() != CLIP_ENTRIES:
         return None
-    from instant_clip_tokenizer import Tokenizer as Accelerator
-
-    return Accelerator()
+    return importlib.import_module("instant_clip_tokenizer").Tokenizer()
 
 
 def clip_tokenizer(context_length: int = 77) -> Tokenizer:
