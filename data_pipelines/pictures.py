@@ -1,7 +1,6 @@
 """A record's picture made ready for a shard: read, hashed, checked, resized and encoded as the options ask."""
 
 import hashlib
-import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -131,24 +130,12 @@ def _convert(data: bytes, digest: str, options: WriteOptions) -> Prepared:
         return Prepared(digest, data, kept, original, original)
     scaled = scaled_size(*original, size, mode) if resize else original
     if plain and not turned and scaled < original and (pixels := _decode(data, image, scaled)) is not None:
-        # Scaled decoding has filtered already, so the cheaper of two equally good filters is enough.
-        small = Image.fromarray(pixels)
-        small = small.resize(scaled, Image.Resampling.BILINEAR, box=(0, 0, *_exact_size(original, small.size)))
-        small = resize_to(small, size, mode, only_if_bigger=False)
+        small = resize_to(Image.fromarray(pixels), size, mode, options.resize_only_if_bigger, original)
         return Prepared(digest, encode(small, target, options.encode_quality), target, original, small.size)
     image = upright(open_checked(data, options.max_pixels))
     if resize:
         image = resize_to(image, size, mode, options.resize_only_if_bigger)
     return Prepared(digest, encode(image, target, options.encode_quality), target, original, image.size)
-
-
-def _exact_size(original: tuple[int, int], scaled: tuple[int, int]) -> tuple[float, float]:
-    """What part of a picture decoded in eighths is picture: its sides were rounded up to whole pixels."""
-    for eighths in range(1, 8):
-        exact = original[0] * eighths / 8, original[1] * eighths / 8
-        if (math.ceil(exact[0]), math.ceil(exact[1])) == scaled:
-            return exact
-    return scaled
 
 
 def _decode(data: bytes, image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8] | None:

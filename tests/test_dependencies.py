@@ -63,7 +63,8 @@ def imported_packages(floor: str) -> set[str]:
                 names.update(alias.name.partition(".")[0] for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 names.add((node.module or "").partition(".")[0])
-    return names - {*MAY_USE, *sys.stdlib_module_names}
+    beside = {path.stem for path in (ROOT / "tests/benchmarks").glob("bench_*.py")}
+    return names - {*MAY_USE, *sys.stdlib_module_names, *beside}
 
 
 @pytest.mark.parametrize("floor", MAY_USE)

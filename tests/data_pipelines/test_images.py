@@ -4,17 +4,20 @@ import zlib
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, PngImagePlugin
 
 from data_pipelines.errors import BadSample
 from data_pipelines.images import (
     EncodeFormat,
+    ResizeMode,
     encode,
     flatten,
     has_alpha,
     needs_resize,
     open_checked,
     resize_to,
+    scaled_size,
     upright,
 )
 from data_pipelines.testing import draw
@@ -220,3 +223,16 @@ def test_exif_orientation_is_applied() -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (40, 20)).save(buffer, "JPEG", exif=exif)
     assert upright(open_checked(buffer.getvalue())).size == (20, 40)
+
+
+@pytest.mark.parametrize("mode", ["keep_ratio", "keep_ratio_largest", "center_crop", "border"])
+@pytest.mark.parametrize("size", [(1599, 1201), (640, 480), (401, 1203)])
+def test_a_large_jpeg_is_decoded_smaller_and_resized_to_the_same_shape(mode: ResizeMode, size: tuple[int, int]) -> None:
+    data = draw(size, format="JPEG")
+    whole = resize_to(open_checked(data), 100, mode)
+    small = Image.fromarray(simplejpeg.decode_jpeg(data, min_width=scaled_size(*size, 100, mode)[0]))
+    assert max(small.size) <= max(size) / 2 + 1
+    shrunk = resize_to(small, 100, mode, full=size)
+    assert shrunk.size == whole.size
+    error = np.square(np.asarray(shrunk, dtype=float) - np.asarray(whole, dtype=float)).mean()
+    assert 10 * np.log10(255**2 / error) > 40

@@ -1,0 +1,140 @@
+"""What every suite of figures shares: taking turns, ratio with spread, the result file and README's table.
+
+A row is measured in rounds. In each round every variant runs once, so that whatever else the machine does hits all of
+them; the first round warms up and is dropped; the ratio is the median of the rounds' ratios, with lowest and highest.
+"""
+
+import json
+import operator
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).resolve().parent / "results"
+MEETS = {">=": operator.ge, "<=": operator.le}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a result file. `ratio`: peer's time over ours, or ours over the peer's where the goal says `<=`."""
+
+    name: str
+    peer: str
+    peer_version: str
+    ratio: float | None
+    low: float | None
+    high: float | None
+    goal: str
+    met: bool
+    equal: bool
+    command: str
+    note: str
+
+
+def take_turns(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every variant in each round but the first. A variant returns the seconds it wants to be counted."""
+    taken: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name, run in variants.items():
+            seconds = run()
+            if number:
+                taken[name].append(seconds)
+    return taken
+
+
+def wall(run: Callable[[], object]) -> Callable[[], float]:
+    """The same as a variant for `take_turns`, by the clock on the wall."""
+    return lambda: _clocked(run, time.perf_counter)
+
+
+def cpu(run: Callable[[], object]) -> Callable[[], float]:
+    """The same by the processor time of this process, all threads together."""
+    return lambda: _clocked(run, time.process_time)
+
+
+def _clocked(run: Callable[[], object], clock: Callable[[], float]) -> float:
+    began = clock()
+    run()
+    return clock() - began
+
+
+def compare(
+    name: str, peer: tuple[str, str], ours: Sequence[float], theirs: Sequence[float], goal: str, equal: bool, note: str
+) -> Row:
+    """A row from the seconds of both, round by round. `peer`: name and version. `goal`: such as ">= 2.3"."""
+    faster = goal.startswith(">=")
+    ratios = [b / a if faster else a / b for a, b in zip(ours, theirs, strict=True)]
+    sign, limit = goal.split()
+    middle, low, high = (round(pick(ratios), 3) for pick in (statistics.median, min, max))
+    met = equal and bool(MEETS[sign](middle, float(limit)))
+    return Row(name, *peer, middle, low, high, goal, met, equal, command(name), note)
+
+
+def missing(name: str, peer: tuple[str, str], goal: str, why: str) -> Row:
+    """A row that could not be measured, and why: it stays in the table, unmet."""
+    return Row(name, *peer, None, None, None, goal, False, False, command(name), why)
+
+
+def command(name: str) -> str:
+    """How to measure one row again."""
+    return f"make bench-data ROWS={name}"
+
+
+def machine() -> str:
+    """Processor, cores and Python of this machine, in words."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
+
+
+def write(suite: str, rows: Sequence[Row], folder: Path = RESULTS) -> Path:
+    """Write or update the result file of a suite: rows measured now replace those of the same name, others stay."""
+    path = folder / f"{suite}.json"
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    fresh = {row.name: asdict(row) for row in rows}
+    merged = [fresh.pop(row["name"], row) for row in kept]
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = {
+        "suite": suite,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": machine(),
+        "revision": git.stdout.strip() or "unknown",
+        "rows": [*merged, *fresh.values()],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def table(result: Path) -> str:
+    """README's table of a result file."""
+    data = json.loads(result.read_text())
+    lines = ["| measure | peer | ratio (low - high) | goal | |", "|---|---|---|---|---|"]
+    for row in data["rows"]:
+        spread = (
+            "not measured" if row["ratio"] is None else f"**{row['ratio']:.2f}** ({row['low']:.2f} - {row['high']:.2f})"
+        )
+        lines.append(
+            f"| {row['name']}: {row['note']} | {row['peer']} {row['peer_version']} | {spread} | {row['goal']} | "
+            f"{'met' if row['met'] else 'not met'} |"
+        )
+    return "\n".join([*lines, "", f"{data['machine']}, {data['date']}, revision {data['revision']}."])
+
+
+def render(readme: Path, result: Path) -> str:
+    """The text of `readme` with the table of `result` between the suite's markers. Raises ValueError without them."""
+    suite = result.stem
+    begin, end = f"<!-- figures of {suite}: begin -->", f"<!-- figures of {suite}: end -->"
+    text = readme.read_text()
+    head, found, rest = text.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"{readme}: needs the markers {begin!r} and {end!r}, one after the other")
+    return f"{head}{begin}\n{table(result)}\n{end}{tail}"
