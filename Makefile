@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test bench-data format clean
+.PHONY: help setup demo test bench-data prove-data format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -61,6 +61,9 @@ $(PEERS_STAMP): $(STAMP)
 ROWS ?=
 bench-data: $(PEERS_STAMP)  ## the figures of the data path against their peers (about 40 minutes; ROWS=a,b for some)
 	$(call step,data path,$(BIN)/python tests/benchmarks/bench_data.py --rows "$(ROWS)")
+
+prove-data: setup  ## the slow proofs of sharding and streaming: kills, faults, resume on other ranks (about 30 minutes)
+	$(call step,proofs,$(BIN)/python tests/benchmarks/prove.py data)
 
 format:  ## rewrite the sources as `make test` wants them
 	$(BIN)/ruff format .

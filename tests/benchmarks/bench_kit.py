@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -94,8 +95,11 @@ def machine() -> str:
     return f"{model}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
 
 
-def write(suite: str, rows: Sequence[Row], folder: Path = RESULTS) -> Path:
-    """Write or update the result file of a suite: rows measured now replace those of the same name, others stay."""
+def write(suite: str, rows: Sequence[Any], folder: Path = RESULTS) -> Path:
+    """Write or update the result file of a suite: rows measured now replace those of the same name, others stay.
+
+    `rows`: dataclasses with a `name`, such as Row.
+    """
     path = folder / f"{suite}.json"
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     fresh = {row.name: asdict(row) for row in rows}
@@ -116,6 +120,8 @@ def write(suite: str, rows: Sequence[Row], folder: Path = RESULTS) -> Path:
 def table(result: Path) -> str:
     """README's table of a result file."""
     data = json.loads(result.read_text())
+    if "value" in data["rows"][0]:
+        return _table_of_proofs(data)
     lines = ["| measure | peer | ratio (low - high) | goal | |", "|---|---|---|---|---|"]
     for row in data["rows"]:
         spread = (
@@ -125,6 +131,12 @@ def table(result: Path) -> str:
             f"| {row['name']}: {row['note']} | {row['peer']} {row['peer_version']} | {spread} | {row['goal']} | "
             f"{'met' if row['met'] else 'not met'} |"
         )
+    return "\n".join([*lines, "", f"{data['machine']}, {data['date']}, revision {data['revision']}."])
+
+
+def _table_of_proofs(data: dict[str, Any]) -> str:
+    lines = ["| proof | cases passed | |", "|---|---|---|"]
+    lines += [f"| {row['name']} | {row['value']} of {row['goal'].split()[1]} | {row['note']} |" for row in data["rows"]]
     return "\n".join([*lines, "", f"{data['machine']}, {data['date']}, revision {data['revision']}."])
 
 

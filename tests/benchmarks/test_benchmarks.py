@@ -7,6 +7,7 @@ from pathlib import Path
 
 import bench_shard
 import numpy as np
+import prove
 import pytest
 import torch
 from bench_data import faulty_copy
@@ -149,3 +150,15 @@ def test_readme_shows_the_committed_results() -> None:
 
 def test_img2dataset_is_looked_for_inside_the_environment() -> None:
     assert bench_shard.IMG2DATASET.parts[-4:] == ("peers", "img2dataset", "bin", "img2dataset")
+
+
+def test_proofs_count_the_cases_that_passed(tmp_path: Path) -> None:
+    cases = (
+        '<testcase name="test_all_kills[1]" time="2"/><testcase name="test_all_kills[2]" time="1"><failure/></testcase>'
+    )
+    (tmp_path / "report.xml").write_text(f"<testsuite>{cases}</testsuite>")
+    (proof,) = prove.proofs(tmp_path / "report.xml", "make prove-data")
+    assert (proof.name, proof.value, proof.goal, proof.met, proof.note) == ("all kills", 1, ">= 2", False, "3 s")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- figures of x: begin -->\n<!-- figures of x: end -->\n")
+    assert "| all kills | 1 of 2 | 3 s |" in render(page, write("x", [proof], tmp_path))
