@@ -63,7 +63,7 @@ def imported_packages(floor: str) -> set[str]:
                 names.update(alias.name.partition(".")[0] for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 names.add((node.module or "").partition(".")[0])
-    beside = {path.stem for path in (ROOT / "tests/benchmarks").glob("bench_*.py")}
+    beside = {path.stem for path in (ROOT / "tests/benchmarks").glob("[!t]*.py")}
     return names - {*MAY_USE, *sys.stdlib_module_names, *beside}
 
 

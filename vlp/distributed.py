@@ -1,6 +1,8 @@
 """The only importer of torch.distributed. Everything here is a no-op in a single process."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,15 @@ def leave() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def left_at_the_end() -> Iterator[None]:
+    """Leave the process group however the block ends: a failed run must not leave the next one half a group."""
+    try:
+        yield
+    finally:
+        leave()
 
 
 def env_rank() -> int:

@@ -255,7 +255,7 @@ def train(recipe: Recipe, folder: Path, resume: bool = False, show: bool = True)
         raise ConfigError(f"{folder} holds a run already: continue it with --resume, or choose another --run-dir")
     if distributed.env_rank() == 0:
         (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
-    with local_ranks(recipe.run.processes, folder, resume):
+    with local_ranks(recipe.run.processes, folder, resume), distributed.left_at_the_end():
         run = prepare(recipe, folder)
         lead = distributed.rank() == 0
         if resume:
@@ -274,7 +274,6 @@ def train(recipe: Recipe, folder: Path, resume: bool = False, show: bool = True)
             finally:  # also when too many bad samples stop the run: it says which
                 name = "ledger.json" if lead else f"ledger-rank{distributed.rank()}.json"
                 runlog.write(name, run.loader.ledger.report())
-        distributed.leave()
     return _finish(run, runlog) if lead else {}
 
 
