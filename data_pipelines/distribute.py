@@ -65,7 +65,7 @@ def _ray(store: Store, options: WriteOptions, advance: Advance) -> Iterator[Exec
             future.add_done_callback(lambda _: advance(len(work.records)))
             return future
 
-        yield submit, 2 * int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+        yield submit, 2 * int(ray.cluster_resources().get("CPU", 1))
     finally:
         if ours:
             ray.shutdown()
