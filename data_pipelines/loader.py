@@ -231,10 +231,11 @@ class Loader:
 
     def _announced(self, steps: Iterable[int], fetchers: ThreadPoolExecutor) -> Iterator[int]:
         """The steps, each after its remote shards and those of the next `read_ahead` steps were ordered."""
+        remote = any(shard.fetch for shard in self.shards.shards)
         ordered = -1
         recent: set[int] = set()
         for step in steps:
-            if any(shard.fetch for shard in self.shards.shards):
+            if remote:
                 for ahead in range(max(step, ordered + 1), step + self.config.read_ahead + 1):
                     wanted = set(self.plan.shards(ahead, self.rows))
                     for number in sorted(wanted - recent):

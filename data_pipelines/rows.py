@@ -9,7 +9,9 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
+
+from pydantic import AfterValidator
 
 from data_pipelines.errors import BadSample, ConfigError
 from data_pipelines.records import RESERVED, Box, Record
@@ -67,10 +69,15 @@ class Reading:
     must_have_text: bool = True
 
 
-def check_template(template: str | None) -> None:
-    """Raise ConfigError for a caption template without a place for the label."""
-    if template is not None and "{label}" not in template:
+def check_template(template: str) -> str:
+    """The caption template as it is. Raises ConfigError for one without a place for the label."""
+    if "{label}" not in template:
         raise ConfigError(f"template {template!r} has no {{label}} in it; write for example: a photo of a {{label}}")
+    return template
+
+
+Template = Annotated[str, AfterValidator(check_template)]
+"""The type of a source's option `template`."""
 
 
 def image_column(wanted: str | None, columns: Collection[str], where: str) -> str:

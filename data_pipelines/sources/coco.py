@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import field_validator
-
 from data_pipelines import rows
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import BadSample, PipelineError
@@ -29,14 +27,8 @@ class Config(StrictModel):
     """Folder of the pictures. None: the annotations' folder, the one around it, or train2017 or images in them."""
     image_col: str = "file_name"
     """Field that holds a picture's name; `coco_url` fetches the pictures instead of looking for a folder."""
-    template: str | None = None
+    template: rows.Template | None = None
     """Caption of a picture that has labels only, made of the first one."""
-
-    @field_validator("template")
-    @classmethod
-    def _has_place(cls, template: str | None) -> str | None:
-        rows.check_template(template)
-        return template
 
 
 @dataclass(slots=True)

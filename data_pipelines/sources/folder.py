@@ -15,8 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import field_validator
-
 from data_pipelines import rows
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import BadSample, PipelineError
@@ -36,14 +34,8 @@ class Config(StrictModel):
     path: Path
     layout: Layout | None = None
     """None: `captions` if any picture has a .txt or .json beside it; else `classes` if all lie in sub-folders."""
-    template: str | None = None
+    template: rows.Template | None = None
     """Caption of a picture that has a label only, such as "a photo of a {label}"."""
-
-    @field_validator("template")
-    @classmethod
-    def _has_place(cls, template: str | None) -> str | None:
-        rows.check_template(template)
-        return template
 
 
 @dataclass(frozen=True)

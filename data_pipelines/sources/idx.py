@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import field_validator
 
 from data_pipelines import rows
 from data_pipelines.config import StrictModel
@@ -32,14 +31,8 @@ class Config(StrictModel):
     path: Path
     names: tuple[str, ...] = ()
     """Class names by number; empty: the numbers themselves."""
-    template: str | None = None
+    template: rows.Template | None = None
     """Caption made of the class name, such as "a photo of a {label}"; None: pictures carry labels only."""
-
-    @field_validator("template")
-    @classmethod
-    def _has_place(cls, template: str | None) -> str | None:
-        rows.check_template(template)
-        return template
 
 
 def iter_records(config: Config) -> Iterator[Record]:

@@ -23,7 +23,6 @@ from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import field_validator
 
 from data_pipelines import rows
 from data_pipelines.config import StrictModel
@@ -56,16 +55,10 @@ class Config(StrictModel):
     """None: boxes. [[x0, y0, x1, y1, label], ...] as fractions of the picture."""
     columns: tuple[str, ...] | None = None
     """Columns to pass through; None = all others."""
-    template: str | None = None
+    template: rows.Template | None = None
     """Caption of a row that has a label only, such as "a photo of a {label}"."""
     split_by: str | None = None
     """Column that names the split, and so the sub-folder, of a row."""
-
-    @field_validator("template")
-    @classmethod
-    def _has_place(cls, template: str | None) -> str | None:
-        rows.check_template(template)
-        return template
 
 
 @dataclass(frozen=True, slots=True)

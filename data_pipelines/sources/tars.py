@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 from braceexpand import braceexpand
-from pydantic import field_validator
 
 from data_pipelines import rows
 from data_pipelines.config import StrictModel
@@ -42,17 +41,11 @@ class Config(StrictModel):
     """None: boxes."""
     columns: tuple[str, ...] | None = None
     """Columns to pass through; None = all others."""
-    template: str | None = None
+    template: rows.Template | None = None
     """Caption of a sample that has a label only."""
     split_by: str | None = None
     """Column that names the split of a sample. None: the sub-folder of its tar."""
     damaged: Literal["stop", "count"] = "stop"
-
-    @field_validator("template")
-    @classmethod
-    def _has_place(cls, template: str | None) -> str | None:
-        rows.check_template(template)
-        return template
 
 
 @dataclass(frozen=True, slots=True)
