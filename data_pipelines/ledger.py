@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -86,3 +87,17 @@ class Ledger:
                 asdict(item.place) | {"reason": item.reason, "detail": item.detail} for item in self.records.values()
             ],
         }
+
+    def add(self, report: Mapping[str, Any]) -> None:
+        """Take over another ledger's account: that of an earlier part of the run, or of another rank."""
+        self.seen += report["seen"]
+        self.delivered += report["trained"]
+        self.substituted += report["substituted"]
+        self.quarantined.update(report["quarantined"])
+        for row in report["epochs"]:
+            counts = self.shards.setdefault((row["epoch"], row["shard"]), Counter())
+            counts.update({"delivered": row["trained"]} | row["quarantined"])
+        for row in report["samples"]:
+            if len(self.records) < MAX_RECORDS:
+                place = Place(row["shard"], row["row"], row["key"], row["offset"])
+                self.records[place.shard, place.row] = Quarantined(place, row["reason"], row["detail"])

@@ -140,8 +140,13 @@ def load_image(data: bytes, config: ImageConfig, max_pixels: int = MAX_PIXELS) -
     return fit(*decode_rgb(data, config, max_pixels), config)
 
 
-def normalise(pixels_BCHW: Tensor, config: ImageConfig) -> Tensor:
-    """uint8 BCHW to float32 BCHW with the model's mean and std; runs on the tensor's device."""
+def normalise(pixels_BCHW: Tensor, config: ImageConfig, out: Tensor | None = None) -> Tensor:
+    """uint8 BCHW to float32 BCHW with the model's mean and std; runs on the tensor's device.
+
+    `out`: a float tensor of this shape to fill. Asking the system for new memory costs more than the arithmetic, so a
+    loop that is done with its last batch hands it in again.
+    """
     mean = torch.tensor(config.mean, device=pixels_BCHW.device).mul_(255).view(1, -1, 1, 1)
     scale = torch.tensor(config.std, device=pixels_BCHW.device).mul_(255).reciprocal_().view(1, -1, 1, 1)
-    return (pixels_BCHW.float() - mean) * scale
+    pixels = pixels_BCHW.to(torch.float32, copy=True) if out is None else out.copy_(pixels_BCHW)
+    return pixels.sub_(mean).mul_(scale)

@@ -3,12 +3,15 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from vlp.objectives.base import Features
+
+T = TypeVar("T")
 
 
 def set_up() -> tuple[int, int]:
@@ -56,6 +59,15 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     answer = torch.tensor(int(flag), device=device)
     dist.all_reduce(answer, dist.ReduceOp.MAX)
     return bool(answer)
+
+
+def from_all_ranks(value: T) -> list[T]:
+    """Every rank's value (pickled), in rank order; all ranks must ask."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def gather_features(features: Features) -> Features:

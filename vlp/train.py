@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,8 @@ class Run:
     seconds: float = 0.0
     """Training time so far, over all resumes; evaluation and saving left out."""
     bad_steps: int = 0
+    account: dict[str, Any] = field(default_factory=dict)
+    """Ledger of all ranks and all resumes, as of the last save."""
 
 
 def make_tokenizer(recipe: Recipe) -> Tokenizer:
@@ -193,8 +195,15 @@ def _refuse_step(run: Run, batch: Batch) -> None:
         )
 
 
-def save(run: Run) -> Path:
-    """Checkpoint of the present state."""
+def save(run: Run, runlog: RunLog) -> None:
+    """Checkpoint of the present state and the account of all data so far, by rank 0; every rank must call it."""
+    account = Ledger()
+    for report in distributed.from_all_ranks(run.loader.ledger.report()):
+        account.add(report)
+    if distributed.rank() > 0:
+        return
+    run.account = account.report()
+    runlog.write("ledger.json", run.account)
     tensors = {
         "model": dict(run.model.state_dict()),
         "optimizer": optimizer_tensors(run.optimizer),
@@ -207,9 +216,10 @@ def save(run: Run) -> Path:
         "loader": run.loader.state_dict(),
         "seconds": run.seconds,
         "ema_updates": run.ema.updates if run.ema else 0,
+        "ledger": run.account,
         "vlp": __version__,
     }
-    return save_checkpoint(run.folder / "checkpoints", run.step, tensors, state, run.recipe.run.keep)
+    save_checkpoint(run.folder / "checkpoints", run.step, tensors, state, run.recipe.run.keep)
 
 
 def restore(run: Run) -> None:
@@ -227,6 +237,9 @@ def restore(run: Run) -> None:
         for key, value in tensors["ema"].items():
             run.ema.shadow[key].copy_(value)
     run.loader.load_state_dict(state["loader"])
+    run.account = state["ledger"]
+    if distributed.rank() == 0:
+        run.loader.ledger.add(run.account)
     run.step, run.seconds = int(state["step"]), float(state["seconds"])
 
 
@@ -271,9 +284,11 @@ def train(recipe: Recipe, folder: Path, resume: bool = False, show: bool = True)
         with _signals() as received:
             try:
                 _loop(run, runlog, received, show and lead)
-            finally:  # also when too many bad samples stop the run: it says which
-                name = "ledger.json" if lead else f"ledger-rank{distributed.rank()}.json"
-                runlog.write(name, run.loader.ledger.report())
+            except PipelineError as error:
+                if not isinstance(error, Interrupted):  # too many bad samples: which, as far as this rank knows
+                    name = "ledger.json" if lead else f"ledger-rank{distributed.rank()}.json"
+                    runlog.write(name, run.loader.ledger.report())
+                raise
     return _finish(run, runlog) if lead else {}
 
 
@@ -301,8 +316,8 @@ def _loop(run: Run, runlog: RunLog, received: Callable[[], int], show: bool) -> 
                 _note(run, runlog, values)
             last = run.step >= run.total
             stop = distributed.any_rank(bool(received()), run.device)
-            if distributed.rank() == 0 and (stop or last or (every.save_every and run.step % every.save_every == 0)):
-                save(run)
+            if stop or last or (every.save_every and run.step % every.save_every == 0):
+                save(run, runlog)
             if stop and not last:
                 raise Interrupted(run.step, run.folder, received() or signal.SIGTERM)
             if last:
@@ -336,14 +351,13 @@ def _finish(run: Run, runlog: RunLog) -> dict[str, Any]:
     bundle = save_bundle(current_bundle(run), run.folder / "bundle")
     last = [row for row in runlog.rows("evals.jsonl") if row["step"] == run.step]
     metrics = {key: value for row in last for key, value in row.items() if key != "step"}
-    ledger = run.loader.ledger
     summary = {
         "metrics": metrics,
         "train_seconds": round(run.seconds, 1),
         "steps": run.step,
         "samples": run.step * run.recipe.data.batch_size,
         "parameters": sum(p.numel() for p in run.model.parameters()),
-        "quarantined": dict(ledger.quarantined),
+        "quarantined": run.account["quarantined"],
         "bundle": str(bundle),
     }
     runlog.write("summary.json", summary)

@@ -49,14 +49,15 @@ class Job:
 
 
 def our_batches(job: Job) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (normalised float BCHW, ids BL) of our loader; nothing decoded is kept for later."""
+    """Endless (normalised float BCHW, ids BL) of our loader, each valid until the next; nothing decoded is kept."""
     image = ImageConfig(scaled_decode=job.scaled)
     config = DataConfig(
         train=job.shards, batch_size=job.batch, threads=job.workers, image=image, cache_mb=0,
         max_bad_share=job.max_bad_share,
     )  # fmt: skip
+    room = torch.empty(job.batch, 3, image.size, image.size)
     for batch in make_loader(config, clip_tokenizer(), seed=0):
-        yield normalise(batch.pixels, image), batch.tokens
+        yield normalise(batch.pixels, image, out=room[: len(batch.pixels)]), batch.tokens
 
 
 def peer_batches(job: Job) -> Iterator[tuple[Tensor, Tensor]]:

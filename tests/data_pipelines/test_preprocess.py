@@ -153,6 +153,9 @@ def test_normalise_is_mean_and_std() -> None:
     config = ImageConfig()
     mean, std = torch.tensor(config.mean).view(3, 1, 1), torch.tensor(config.std).view(3, 1, 1)
     torch.testing.assert_close(normalise(pixels, config), (pixels / 255 - mean) / std, rtol=1e-5, atol=1e-5)
+    room = torch.full((len(pixels), *pixels.shape[1:]), torch.nan)
+    assert normalise(pixels, config, out=room) is room
+    assert torch.equal(room, normalise(pixels, config))
 
 
 @pytest.mark.parametrize("ground", [0, 255])

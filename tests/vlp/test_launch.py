@@ -1,5 +1,6 @@
 """Runs of two real ranks, started by `vlp train` itself and by torchrun."""
 
+import json
 import os
 import signal
 import subprocess
@@ -17,11 +18,17 @@ from vlp.runlog import RunLog
 from vlp.train import train
 
 Make = Callable[..., Recipe]
+BATCH = 32
+"""Samples of a step of the micro recipe."""
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
 
 
 def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in RunLog(folder).rows("metrics.jsonl")]
+
+
+def ledger(folder: Path) -> Any:
+    return json.loads((folder / "ledger.json").read_text())
 
 
 def start(recipe: Recipe, folder: Path, *launcher: str) -> "subprocess.Popen[str]":
@@ -49,6 +56,7 @@ def test_two_ranks_below_torchrun_train_as_one_process_does(micro_recipe: Make, 
     message = process.communicate(timeout=180)[1]
     assert process.returncode == 0, message
     assert losses(tmp_path / "run") == pytest.approx(losses(trained), rel=1e-4)
+    assert ledger(tmp_path / "run") == ledger(trained), "one account of all ranks"
     assert (tmp_path / "run" / "bundle" / "bundle.json").is_file()
 
 
@@ -68,6 +76,7 @@ def test_a_signal_to_the_first_rank_stops_both_and_resume_goes_on(micro_recipe: 
     assert steps == len(losses(folder))
     train(micro_recipe(steps=steps + 2, processes=2), folder, resume=True, show=False)
     assert len(losses(folder)) == steps + 2
+    assert ledger(folder)["seen"] == ledger(folder)["trained"] == (steps + 2) * BATCH, "stops do not split the account"
 
 
 def test_the_death_of_a_rank_ends_the_run_and_is_named(micro_recipe: Make, tmp_path: Path) -> None:
