@@ -3,7 +3,7 @@
 The split is a function of a fixed hash of the concept's family, so that gender, skin and direction variants never
 straddle it:
 
-- `train`            two vendors and clip-art, without the withheld families
+- `train`            two vendors, today's and their 2017 drawings, and clip-art, without the withheld families
 - `val`              the two vendors' pictures of the validation families: every choice is made here
 - `unseen_vendor`    the third vendor's base pictures of the training families (another drawing style)
 - `unseen_concepts`  the third vendor's base pictures of the withheld test families (another style and new concepts)
@@ -27,7 +27,8 @@ SPLITS = ("train", "val", "unseen_vendor", "unseen_concepts")
 PACKAGES: tuple[Package, ...] = (*emoji.PACKAGES.values(), *clipart.PACKAGES.values())
 WRITE = {"image_size": 144, "resize_mode": "keep_ratio_largest", "encode_format": "png"}
 """Write options unless others are asked for: drawings stay lossless and keep their alpha."""
-TRAINING_VENDORS = ("google", "twitter")
+TRAINING_VENDORS = ("google", "google-2017", "twitter", "twitter-2017")
+VALIDATION_VENDORS = ("google", "twitter")
 TEST_VENDOR = "fluent"
 WITHHELD = 0.17
 """Share of the families withheld for the test, and again for validation: about 200 of 1,200 each."""
@@ -59,7 +60,7 @@ def iter_records(config: Config) -> Iterator[Record]:
         if record.source in TRAINING_VENDORS:
             if part == "train":
                 yield replace(record, split="train")
-            elif part == "val":
+            elif part == "val" and record.source in VALIDATION_VENDORS:
                 yield replace(record, split="val", captions=record.captions[:1])
         elif base[family] == record.extra["concept"] and part != "val":
             split = "unseen_vendor" if part == "train" else "unseen_concepts"

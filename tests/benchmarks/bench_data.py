@@ -30,6 +30,7 @@ class Sizes:
 
     photos: int = 1024
     large: int = 256
+    stored: int = 6000
     images: int = 2000
     captions: int = 10_000
     rounds: int = 5
@@ -89,7 +90,7 @@ def rows_of(sizes: Sizes) -> dict[str, Callable[[], list[Row]]]:
         return [loader_row(name, shards, goal, needed, again, count, scaled, sizes.batches)]
 
     def read(name: str, goal: str, shuffled: bool) -> list[Row]:
-        return [read_row(name, shards_of(SMALL, sizes.photos), goal, again, shuffled)]
+        return [read_row(name, shards_of(SMALL, sizes.stored), goal, again, shuffled)]
 
     def tokens(name: str, goal: str, foreign: float, accelerated: bool, on_the_wall: bool = False) -> list[Row]:
         return [tokens_row(name, captions(sizes.captions, foreign), goal, again, accelerated, on_the_wall)]
@@ -110,7 +111,7 @@ def rows_of(sizes: Sizes) -> dict[str, Callable[[], list[Row]]]:
         "tokens_accelerated_mixed": partial(tokens, "tokens_accelerated_mixed", ">= 6", 0.17, True),
         "tokens_accelerated_ascii": partial(tokens, "tokens_accelerated_ascii", ">= 15", 0.0, True),
         "shard": shard,
-        "verify": lambda: [verify_row("verify", shards_of(SMALL, sizes.photos), "<= 1.5", again)],
+        "verify": lambda: [verify_row("verify", shards_of(SMALL, sizes.stored), "<= 1.5", again)],
         "faults": lambda: [faults_row(sizes)],
     }
 

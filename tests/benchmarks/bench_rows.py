@@ -1,13 +1,15 @@
 """Figures of raw reading and of the tokenizer: both sides in one process, taking turns."""
 
-import random
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 from bench_kit import Row, compare, cpu, missing, take_turns, wall
 
-from data_pipelines.reader import open_shards
+from data_pipelines.plan import Plan
+from data_pipelines.shard_set import ShardSet
 from data_pipelines.tokens import Tokenizer, clip_tokenizer
 from vlp.torchvision_guard import ensure_torchvision
 
@@ -15,38 +17,38 @@ WEBDATASET = ("webdataset", version("webdataset"))
 OPEN_CLIP = ("open_clip tokenizer", version("open_clip_torch"))
 
 
-def our_samples(shards: Path, shuffled: bool) -> Iterator[tuple[str, bytes, str]]:
-    """(key, picture, first caption) of all samples, shards opened anew; `shuffled` in an order over all of them."""
-    opened = open_shards(shards)
-    places = [(shard, row) for shard in opened for row in range(len(shard))]
-    if shuffled:
-        random.Random(0).shuffle(places)
-    for shard, row in places:
-        sample = shard.read(row)
-        yield sample.key, sample.image, sample.captions[0]
+Raw = tuple[str, bytes, bytes, bytes]
+"""Key, picture, json and text of a sample, as stored."""
 
 
-def peer_samples(shards: Path) -> Iterator[tuple[str, bytes, str]]:
-    """The same by webdataset, which knows the stored order only."""
+def our_samples(folder: Path, shuffled: bool) -> Iterator[Raw]:
+    """All samples, shards opened anew: as stored, or in the order of training, which resumes exactly at every step."""
+    samples = ShardSet(folder)
+    batch = max(number for number in range(1, 65) if len(samples) % number == 0)  # so that an epoch holds them all
+    plan = Plan(samples.sizes, batch, seed=0)
+    ids = (number for step in range(plan.steps) for number in plan.batch(step)) if shuffled else range(len(samples))
+    for number in ids:
+        shard, row = samples.original(int(number))
+        members = samples.shards[shard].raw(row)
+        yield samples.shards[shard].key(row), bytes(members["image"]), bytes(members["json"]), bytes(members["txt"])
+
+
+def peer_samples(folder: Path, shuffled: bool) -> Iterator[Raw]:
+    """The same by webdataset; shuffled as its users do it, by shards and in a buffer."""
     import webdataset
 
-    urls = sorted(map(str, shards.glob("*.tar")))
-    for sample in webdataset.WebDataset(urls, shardshuffle=False):
-        yield sample["__key__"], sample["jpg"], sample["txt"].decode().splitlines()[0]
+    urls = sorted(map(str, folder.glob("*.tar")))
+    stored = webdataset.WebDataset(urls, shardshuffle=len(urls) if shuffled else False, seed=0)
+    for sample in stored.shuffle(1000) if shuffled else stored:
+        yield sample["__key__"], sample["jpg"], sample["json"], sample["txt"]
 
 
 def read_row(name: str, shards: Path, goal: str, rounds: int, shuffled: bool) -> Row:
-    """Time of webdataset in stored order over ours, in the same or in random order."""
-
-    def ours() -> int:
-        return sum(len(picture) for _, picture, _ in our_samples(shards, shuffled))
-
-    def peer() -> int:
-        return sum(len(picture) for _, picture, _ in peer_samples(shards))
-
-    expected = sorted(peer_samples(shards))
-    equal = sorted(our_samples(shards, shuffled)) == expected
-    taken = take_turns({"ours": cpu(ours), "peer": cpu(peer)}, rounds)
+    """Time of webdataset over ours, both in stored order or both shuffled."""
+    ours, peer = (partial(read, shards, shuffled) for read in (our_samples, peer_samples))
+    expected = sorted(peer())
+    equal = sorted(ours()) == expected
+    taken = take_turns({"ours": cpu(lambda: deque(ours(), 0)), "peer": cpu(lambda: deque(peer(), 0))}, rounds)
     rates = [len(expected) / min(taken[side]) for side in ("ours", "peer")]
     note = f"{rates[0]:,.0f} samples/s with opening, peer {rates[1]:,.0f}"
     return compare(name, WEBDATASET, taken["ours"], taken["peer"], goal, equal, note)

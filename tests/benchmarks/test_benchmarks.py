@@ -69,15 +69,15 @@ def test_img2dataset_would_find_every_picture(folder: Path, tmp_path: Path) -> N
 def test_webdataset_reads_what_we_read(shards: Path, shuffled: bool) -> None:
     ours = list(our_samples(shards, shuffled))
     assert (ours != sorted(ours)) == shuffled
-    assert sorted(ours) == sorted(peer_samples(shards))
+    assert sorted(ours) == sorted(peer_samples(shards, shuffled))
 
 
 def test_the_loader_delivers_the_pixels_and_ids_of_open_clip(shards: Path) -> None:
     transform = image_transform_v2(PreprocessCfg(), is_train=False)
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
     expected = {
-        tokenizer([text])[0].numpy().tobytes(): transform(Image.open(io.BytesIO(picture)))
-        for _, picture, text in our_samples(shards, shuffled=False)
+        tokenizer([text.decode()])[0].numpy().tobytes(): transform(Image.open(io.BytesIO(picture)))
+        for _, picture, _, text in our_samples(shards, shuffled=False)
     }
     batches = our_batches(Job("ours", shards, batch=24))
     pixels, ids = next(batches)
