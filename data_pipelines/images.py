@@ -22,6 +22,8 @@ MAX_FILE_BYTES = 256 * 2**20
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 """Decoders that are offered the bytes. Pillow knows dozens more, each a door of its own."""
 
+Frame = tuple[float, float, float, float]
+WHOLE: Frame = (0.0, 0.0, 1.0, 1.0)
 ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
 EncodeFormat = Literal["jpg", "png", "webp"]
 
@@ -147,6 +149,20 @@ def scaled_size(width: int, height: int, size: int, mode: ResizeMode) -> tuple[i
     """(width, height) after scaling and before any crop or border."""
     side = min(width, height) if mode in ("keep_ratio", "center_crop") else max(width, height)
     return max(1, round(width * size / side)), max(1, round(height * size / side))
+
+
+def frame(width: int, height: int, size: int, mode: ResizeMode) -> Frame:
+    """What part of a picture its resized version shows: all of it, its middle, or more than it where a border is added.
+
+    As x0, y0, x1, y1 in fractions of the picture.
+    """
+    if mode not in ("center_crop", "border"):
+        return WHOLE
+    w, h = scaled_size(width, height, size, mode)
+    left, top = (
+        ((w - size) // 2, (h - size) // 2) if mode == "center_crop" else (-((size - w) // 2), -((size - h) // 2))
+    )
+    return left / w, top / h, (left + size) / w, (top + size) / h
 
 
 def exact_size(full: tuple[int, int], decoded: tuple[int, int]) -> tuple[float, float]:

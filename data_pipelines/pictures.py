@@ -15,9 +15,12 @@ from data_pipelines.errors import BadSample, ConfigError
 from data_pipelines.fetch import FetchOptions, read_bytes
 from data_pipelines.images import (
     MAX_PIXELS,
+    WHOLE,
     EncodeFormat,
+    Frame,
     ResizeMode,
     encode,
+    frame,
     is_rotated,
     needs_resize,
     open_checked,
@@ -86,6 +89,8 @@ class Prepared:
     extension: str = ""
     original: tuple[int, int] | None = None
     size: tuple[int, int] | None = None
+    frame: Frame = WHOLE
+    """The part of the original that is shown."""
     reason: str = ""
     message: str | None = None
     unread: bool = False
@@ -131,11 +136,13 @@ def _convert(data: bytes, digest: str, options: WriteOptions) -> Prepared:
     scaled = scaled_size(*original, size, mode) if resize else original
     if plain and not turned and scaled < original and (pixels := _decode(data, image, scaled)) is not None:
         small = resize_to(Image.fromarray(pixels), size, mode, options.resize_only_if_bigger, original)
-        return Prepared(digest, encode(small, target, options.encode_quality), target, original, small.size)
-    image = upright(open_checked(data, options.max_pixels))
+        content = encode(small, target, options.encode_quality)
+        return Prepared(digest, content, target, original, small.size, frame(*original, size, mode))
+    image, shown = upright(open_checked(data, options.max_pixels)), WHOLE
     if resize:
+        shown = frame(*image.size, size, mode)
         image = resize_to(image, size, mode, options.resize_only_if_bigger)
-    return Prepared(digest, encode(image, target, options.encode_quality), target, original, image.size)
+    return Prepared(digest, encode(image, target, options.encode_quality), target, original, image.size, shown)
 
 
 def _decode(data: bytes, image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8] | None:

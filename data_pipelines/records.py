@@ -11,7 +11,9 @@ from data_pipelines.errors import ShardError
 from data_pipelines.files import sha256_file
 
 Box = tuple[float, float, float, float, str]
-"""x0, y0, x1, y1 as fractions of the picture, and the category name."""
+"""x0, y0, x1, y1 as fractions of the picture as people see it (upright, if EXIF turns it), and the category name."""
+BOX_FIELDS = ("x0", "y0", "x1", "y1", "label")
+"""Names of its parts in parquet and json."""
 
 MANIFEST = "manifest.json"
 

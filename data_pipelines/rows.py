@@ -14,7 +14,7 @@ from typing import Annotated, Any, Protocol
 from pydantic import AfterValidator
 
 from data_pipelines.errors import BadSample, ConfigError
-from data_pipelines.records import RESERVED, Box, Record
+from data_pipelines.records import BOX_FIELDS, RESERVED, Box, Record
 
 IMAGES = ("url", "image", "image_path", "filepath", "path", "file_name")
 CAPTIONS = ("caption", "captions", "text")
@@ -222,7 +222,7 @@ def read_boxes(value: Any) -> tuple[Box, ...]:
 
 def _box(item: Any) -> Box:
     if isinstance(item, Mapping):
-        item = [item.get(name) for name in ("x0", "y0", "x1", "y1", "label")]
+        item = [item.get(name) for name in BOX_FIELDS]
     try:
         x0, y0, x1, y1 = (float(side) for side in item[:4])
         label = str(item[4]) if len(item) > 4 and item[4] is not None else ""

@@ -16,12 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipelines.records import BOX_FIELDS
+
 INDEX_SUFFIX = ".index.npy"
 INDEX_COLUMNS = ("image_offset", "image_size", "json_offset", "json_size", "txt_offset", "txt_size")
 """Columns of the (samples, 6) int64 index; offsets are of the content in the tar, size 0 = no such member."""
 
 BLOCK = tarfile.BLOCKSIZE
-BOX = pa.struct([(side, pa.float64()) for side in ("x0", "y0", "x1", "y1")] + [("label", pa.string())])
+BOX = pa.struct([(side, pa.float64()) for side in BOX_FIELDS[:4]] + [(BOX_FIELDS[4], pa.string())])
 COLUMNS: Mapping[str, pa.DataType] = {
     "url": pa.string(),
     "caption": pa.string(),

@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 
 from data_pipelines.console import Advance
 from data_pipelines.errors import PipelineError
+from data_pipelines.images import WHOLE, Frame
 from data_pipelines.pictures import Prepared, WriteOptions, prepare
-from data_pipelines.records import RESERVED, Record, ShardInfo
+from data_pipelines.records import BOX_FIELDS, RESERVED, Box, Record, ShardInfo
 from data_pipelines.shard_files import INDEX_SUFFIX, Extras, TarWriter, json_file, key_digits, parquet_file
 from data_pipelines.store import Store, join
 
@@ -292,7 +293,7 @@ def _row(key: str, record: Record, prepared: Prepared) -> dict[str, Any]:
         "captions": captions,
         "labels": [clean(label) for label in record.labels],
         "source": clean(record.source),
-        "boxes": [dict(zip(("x0", "y0", "x1", "y1", "label"), box, strict=True)) for box in record.boxes],
+        "boxes": [dict(zip(BOX_FIELDS, box, strict=True)) for box in shown(record.boxes, prepared.frame)],
         **{name: clean(value) if isinstance(value, str) else value for name, value in record.extra.items()},
         "key": key,
         "status": "failed_to_download" if prepared.unread else "failed_to_resize" if prepared.reason else "success",
@@ -308,3 +309,15 @@ def _row(key: str, record: Record, prepared: Prepared) -> dict[str, Any]:
 def clean(text: str) -> str:
     """Text without lone surrogates (undecodable file names, broken JSON escapes), which UTF-8 cannot hold."""
     return text.encode("utf-8", "replace").decode()
+
+
+def shown(boxes: Sequence[Box], frame: Frame) -> Iterator[Box]:
+    """Boxes as fractions of the stored picture, which shows `frame` of the original: cut at its edges, or left out."""
+    left, top, right, bottom = frame
+    for box in boxes:
+        x0, x1 = (min(max((x - left) / (right - left), 0.0), 1.0) for x in (box[0], box[2]))
+        y0, y1 = (min(max((y - top) / (bottom - top), 0.0), 1.0) for y in (box[1], box[3]))
+        if frame == WHOLE:
+            yield box
+        elif x0 < x1 and y0 < y1:
+            yield x0, y0, x1, y1, box[4]

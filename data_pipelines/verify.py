@@ -188,9 +188,8 @@ def _read_beside(split: Split, outcome: Outcome, name: str) -> tuple[dict[str, A
         outcome.fault("missing_file", f"{Path(stem).name}_stats.json is not there")
     try:
         content = split.store.read(f"{stem}.parquet")
-        names = pq.read_schema(io.BytesIO(content)).names
-        wanted = [column for column in WANTED if column in names]
-        rows = pq.read_table(io.BytesIO(content), columns=wanted).to_pylist()
+        table = pq.ParquetFile(io.BytesIO(content))  # read_table would load pyarrow's data sets first
+        rows = table.read([column for column in WANTED if column in table.schema_arrow.names]).to_pylist()
     except FileNotFoundError:
         if split.manifest:
             outcome.fault("missing_file", f"{Path(stem).name}.parquet is not there")

@@ -130,6 +130,42 @@ def test_json_and_txt_members(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+TURNED = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+"""EXIF orientation -> how a picture is stored that it turns upright."""
+
+
+def red_box(picture: bytes) -> tuple[float, float, float, float]:
+    """Where the red pixels are, as fractions."""
+    pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).astype(int)
+    found = (pixels[..., 0] > 200) & (pixels[..., 1] < 100)
+    rows, columns = np.flatnonzero(found.any(1)), np.flatnonzero(found.any(0))
+    height, width = found.shape
+    return columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height
+
+
+@pytest.mark.parametrize("turn", [1, 6, 8])
+@pytest.mark.parametrize("mode", ["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"])
+@pytest.mark.parametrize("size", [(320, 200), (200, 320)])
+def test_boxes_follow_the_picture(tmp_path: Path, mode: str, turn: int, size: tuple[int, int]) -> None:
+    """A red rectangle, found again in the stored picture; a second box lies in the corner that a crop cuts away."""
+    upright = Image.new("RGB", size, "white")
+    upright.paste((255, 0, 0), (80, 60, 160, 140))
+    stored = upright.transpose(TURNED[turn]) if turn > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    buffer = io.BytesIO()
+    stored.save(buffer, "JPEG", quality=95, exif=exif)
+    boxes = ((80 / size[0], 60 / size[1], 160 / size[0], 140 / size[1], "red"), (0.0, 0.0, 0.02, 0.02, "corner"))
+    write([make(0, image=buffer.getvalue(), boxes=boxes)], tmp_path, resize_mode=mode,
+          image_size=None if mode == "no" else 100)  # fmt: skip
+    with tarfile.open(tmp_path / "00000.tar") as tar:
+        picture, text = (tar.extractfile(f"00000000.{kind}").read() for kind in ("jpg", "json"))  # type: ignore[union-attr]
+    found = {box.pop("label"): tuple(box.values()) for box in json.loads(text)["boxes"]}
+    assert found["red"] == pytest.approx(red_box(picture), abs=0.02)
+    assert ("corner" in found) == (mode != "center_crop")
+    assert rows(tmp_path / "00000.parquet")[0]["boxes"] == json.loads(text)["boxes"]
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_webdataset_reads_it(tmp_path: Path) -> None:
     write([make(n) for n in range(25)], tmp_path, samples_per_shard=10)
