@@ -17,9 +17,10 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse, IncompleteRead
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urljoin
 
 import fsspec
@@ -78,7 +79,11 @@ def read_bytes(location: bytes | Path | str, options: FetchOptions) -> bytes:
     scheme, found, _ = location.strip().partition("://")
     if not found or scheme.lower() not in options.schemes:
         raise BadSample("bad_scheme", f"{location[:200]!r} begins with none of {', '.join(options.schemes)}")
-    return _fetch(location, options) if scheme.lower() in WEB else _read_store(location, options)
+    if scheme.lower() not in WEB:
+        return _read_store(location, options)
+    content = io.BytesIO()
+    fetch_into(content, location, options)
+    return content.getvalue()
 
 
 def _read_file(path: Path, options: FetchOptions) -> bytes:
@@ -109,26 +114,46 @@ def _read_store(location: str, options: FetchOptions) -> bytes:
         raise BadSample("unreadable", f"{type(error).__name__}: {error}") from error
 
 
-def _fetch(url: str, options: FetchOptions) -> bytes:
-    deadline = time.monotonic() + options.total_timeout
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What all steps of a fetch share."""
+
+    sink: BinaryIO
+    options: FetchOptions
+    deadline: float
+
+    def left(self) -> float:
+        """Seconds the next wait may take."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"more than {self.options.total_timeout} s in all")
+        return min(self.options.timeout, left)
+
+
+def fetch_into(sink: BinaryIO, url: str, options: FetchOptions) -> None:
+    """Write what is behind a web address into `sink`, from its beginning at every attempt. Raises as `read_bytes`."""
+    task = _Task(sink, options, time.monotonic() + options.total_timeout)
     for attempt in itertools.count():
+        sink.seek(0)
+        sink.truncate()
         try:
-            return _follow(url, options, deadline)
+            _follow(url, task)
+            return
         except BadSample as error:
             wait = options.backoff * 2**attempt
-            if error.reason not in RETRIED or attempt >= options.retries or time.monotonic() + wait >= deadline:
+            if error.reason not in RETRIED or attempt >= options.retries or time.monotonic() + wait >= task.deadline:
                 raise
             time.sleep(wait)
-    raise AssertionError("the loop above ends by itself")
 
 
-def _follow(url: str, options: FetchOptions, deadline: float) -> bytes:
+def _follow(url: str, task: _Task) -> None:
     """One attempt; every hop is checked like the first address."""
+    options = task.options
     target = parse(url, any_port=options.allow_private)
     for _ in range(options.max_redirects + 1):
-        answer = _get(target, options, deadline)
-        if isinstance(answer, bytes):
-            return answer
+        answer = _get(target, task)
+        if answer is None:
+            return
         try:
             target = parse(urljoin(target.url, answer), any_port=options.allow_private)
         except ValueError as error:
@@ -136,7 +161,7 @@ def _follow(url: str, options: FetchOptions, deadline: float) -> bytes:
     raise BadSample("too_many_redirects", f"more than {options.max_redirects}, the last to {target.url[:200]}")
 
 
-def _dial(target: Target, options: FetchOptions, deadline: float) -> socket.socket:
+def _dial(target: Target, task: _Task) -> socket.socket:
     """A connection to an address that was checked, not to a name that could be answered differently."""
     try:
         found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
@@ -145,13 +170,13 @@ def _dial(target: Target, options: FetchOptions, deadline: float) -> socket.sock
         reason = "dns_timeout" if busy else "dns"
         raise BadSample(reason, f"{target.host}: {getattr(error, 'strerror', None) or error}") from error
     for *_, address in found:
-        if not options.allow_private and not is_public(str(address[0])):
+        if not task.options.allow_private and not is_public(str(address[0])):
             raise BadSample("private_address", f"{target.host} is {address[0]}; the option allow_private admits it")
     last: OSError = OSError("no address")
     for family, kind, protocol, _, address in found:
         sock = socket.socket(family, kind, protocol)
         try:
-            sock.settimeout(_left(options, deadline))
+            sock.settimeout(task.left())
             sock.connect(address)
             return (
                 _tls().wrap_socket(sock, server_hostname=target.host.rstrip(".")) if target.scheme == "https" else sock
@@ -169,25 +194,17 @@ def _tls() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
-def _left(options: FetchOptions, deadline: float) -> float:
-    """Seconds the next wait may take."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError(f"more than {options.total_timeout} s in all")
-    return min(options.timeout, left)
-
-
 class _Clocked(io.RawIOBase):
     """What a socket receives, each wait bounded by what is left of the whole: a slow drip of bytes ends in time."""
 
-    def __init__(self, sock: socket.socket, options: FetchOptions, deadline: float) -> None:
-        self._sock, self._options, self._deadline = sock, options, deadline
+    def __init__(self, sock: socket.socket, task: _Task) -> None:
+        self._sock, self._task = sock, task
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self._sock.settimeout(_left(self._options, self._deadline))
+        self._sock.settimeout(self._task.left())
         return self._sock.recv_into(buffer)
 
     def makefile(self, _: str) -> io.BufferedReader:
@@ -235,15 +252,15 @@ def close_idle() -> None:
         sock.close()
 
 
-def _get(target: Target, options: FetchOptions, deadline: float) -> bytes | str:
-    """Body of a good answer, or the address that a redirect names."""
+def _get(target: Target, task: _Task) -> str | None:
+    """The address that a redirect names; None once the body of a good answer is in the sink."""
     # The process is part of the key: a forked worker must not write into its parent's connections.
-    key = (os.getpid(), target.scheme, target.host, target.port, options.allow_private)
+    key = (os.getpid(), target.scheme, target.host, target.port, task.options.allow_private)
     try:
         if (idle := _take(key)) is not None:
             with suppress(ConnectionError):  # the server closed it just now: as good as none
-                return _exchange(idle, key, target, options, deadline)
-        return _exchange(_dial(target, options, deadline), key, target, options, deadline)
+                return _exchange(idle, key, target, task)
+        return _exchange(_dial(target, task), key, target, task)
     except TimeoutError as error:
         raise BadSample("timeout", str(error)) from error
     except ssl.SSLError as error:
@@ -256,28 +273,26 @@ def _get(target: Target, options: FetchOptions, deadline: float) -> bytes | str:
         raise BadSample("bad_response", f"{type(error).__name__}: {error}"[:200]) from error
 
 
-def _exchange(
-    sock: socket.socket, key: _Key, target: Target, options: FetchOptions, deadline: float
-) -> bytes | str:  # fmt: skip
+def _exchange(sock: socket.socket, key: _Key, target: Target, task: _Task) -> str | None:
     request = (
-        f"GET {target.path} HTTP/1.1\r\nHost: {target.origin}\r\nUser-Agent: {options.user_agent}\r\n"
+        f"GET {target.path} HTTP/1.1\r\nHost: {target.origin}\r\nUser-Agent: {task.options.user_agent}\r\n"
         "Accept: image/*, */*;q=0.8\r\nAccept-Encoding: identity\r\n\r\n"
     )
     finished = False
     try:
-        sock.settimeout(_left(options, deadline))
+        sock.settimeout(task.left())
         sock.sendall(request.encode("ascii"))
-        response = HTTPResponse(_Clocked(sock, options, deadline), method="GET")  # type: ignore[arg-type]
+        response = HTTPResponse(_Clocked(sock, task), method="GET")  # type: ignore[arg-type]
         response.begin()
-        _check_opt_out(response.headers.get_all("X-Robots-Tag", ()), options)
+        _check_opt_out(response.headers.get_all("X-Robots-Tag", ()), task.options)
         place = response.getheader("Location")
         if response.status in REDIRECTS and place is not None:
             return place.encode("latin-1").decode("utf-8", "replace")  # http.client decodes headers as latin-1
         if response.status != 200:
             raise BadSample(f"http_{response.status}", response.reason[:200])
-        data = _body(response, options)
+        _save_body(response, task)
         finished = not response.will_close
-        return data
+        return None
     finally:
         if finished:
             _give(sock, key)
@@ -285,23 +300,21 @@ def _exchange(
             sock.close()
 
 
-def _body(response: HTTPResponse, options: FetchOptions) -> bytes:
+def _save_body(response: HTTPResponse, task: _Task) -> None:
     if (coding := response.getheader("Content-Encoding", "identity").strip().lower()) != "identity":
         raise BadSample("content_encoding", f"packed with {coding[:50]!r} although it was asked not to be")
-    chunks: list[bytes] = []
-    size = response.length or 0
-    if size <= options.max_bytes:
+    size, limit = response.length or 0, task.options.max_bytes
+    if size <= limit:
         size = 0
         while chunk := response.read1(CHUNK):
-            chunks.append(chunk)
             size += len(chunk)
-            if size > options.max_bytes:
+            if size > limit:
                 break
-    if size > options.max_bytes:
-        raise BadSample("too_big", f"at least {size} bytes, limit {options.max_bytes}")
+            task.sink.write(chunk)
+    if size > limit:
+        raise BadSample("too_big", f"at least {size} bytes, limit {limit}")
     if response.length:
         raise BadSample("incomplete", f"{size} bytes came, {response.length} are missing")
-    return b"".join(chunks)
 
 
 def _check_opt_out(tags: Iterable[str], options: FetchOptions) -> None:

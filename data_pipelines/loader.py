@@ -20,6 +20,7 @@ from data_pipelines.batch import Batch
 from data_pipelines.captions import CaptionConfig, pad_ids
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import BadSample, ConfigError, PipelineError
+from data_pipelines.fetch import FetchOptions
 from data_pipelines.files import sha256_file
 from data_pipelines.images import MAX_PIXELS
 from data_pipelines.keep import load_weights
@@ -27,7 +28,7 @@ from data_pipelines.labels import LabelConfig, label_fields
 from data_pipelines.ledger import Ledger
 from data_pipelines.plan import Plan, rank_slice
 from data_pipelines.preprocess import ImageConfig
-from data_pipelines.remote import DiskCache
+from data_pipelines.remote import SHARD_FETCH, DiskCache
 from data_pipelines.shard_set import ShardSet, Train
 from data_pipelines.stream import Decoded, decode
 from data_pipelines.texts import draw_texts
@@ -81,6 +82,8 @@ class DataConfig(StrictModel):
     """With both trunks frozen: views of every picture whose features are computed once, the plain one included."""
     disk_cache_gb: float = Field(100.0, gt=0)
     """Disk for remote shards, shared by all processes of the machine."""
+    fetch: FetchOptions = SHARD_FETCH
+    """How shards at web addresses are fetched."""
     read_ahead: int = Field(64, ge=0)
     """Steps ahead whose remote shards are fetched."""
     pipe: tuple[str, ...] = ()
@@ -96,8 +99,8 @@ class DataConfig(StrictModel):
 
 
 FREE = {
-    "train", "batch_size", "partitions", "threads", "prefetch", "cache_mb", "disk_cache_gb", "read_ahead", "pipe",
-    "max_bad_share",
+    "train", "batch_size", "partitions", "threads", "prefetch", "cache_mb", "disk_cache_gb", "fetch", "read_ahead",
+    "pipe", "max_bad_share",
 }  # fmt: skip
 """Settings that a resumed run may change, or whose content the state holds in another form."""
 
@@ -117,7 +120,7 @@ class LoaderState(TypedDict):
 
 def open_set(config: DataConfig) -> ShardSet:
     """The samples of a recipe's training data."""
-    cache = DiskCache(limit=int(config.disk_cache_gb * 2**30))
+    cache = DiskCache(limit=int(config.disk_cache_gb * 2**30), options=config.fetch)
     return ShardSet(config.train, config.sources, config.keep, cache, config.pipe)
 
 

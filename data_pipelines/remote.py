@@ -16,12 +16,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 import fsspec
 
-from data_pipelines.errors import ConfigError, PipelineError, ShardError
-from data_pipelines.files import cache_dir, publish
+from data_pipelines.errors import BadSample, ConfigError, PipelineError, ShardError
+from data_pipelines.fetch import FetchOptions, fetch_into
+from data_pipelines.files import cache_dir, publish, sha256_file
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,11 @@ TRIES = 3
 STRIPES = 64
 """Lock files of a cache; two URLs that share one wait for each other, which is all that happens."""
 PIPE = "pipe:"
+HTTP = ("http://", "https://")
+SHARD_FETCH = FetchOptions(
+    timeout=30, total_timeout=3600, max_bytes=1 << 40, retries=0, disallowed_header_directives=()
+)  # fmt: skip
+"""A shard is large, its address is the user's own choice, and the cache tries again by itself."""
 
 
 class Absent(PipelineError):
@@ -49,9 +55,28 @@ def allow(location: str, programs: tuple[str, ...]) -> None:
         )
 
 
+def download(location: str, sink: BinaryIO, options: FetchOptions) -> None:
+    """Copy what is behind a web address, an fsspec URL or an allowed `pipe:` command into a file or buffer.
+
+    Raises Absent, OSError, ShardError, and ConfigError for a web address that the options do not admit.
+    """
+    if not location.lower().startswith(HTTP):
+        with _opened(location) as source:
+            shutil.copyfileobj(source, sink, CHUNK)
+        return
+    try:
+        fetch_into(sink, location, options)
+    except BadSample as error:
+        if error.reason in ("http_404", "http_410"):
+            raise Absent(f"{location}: is not there") from error
+        if error.reason in ("private_address", "bad_port"):
+            raise ConfigError(f"{location}: {error}; in a recipe, data.fetch.allow_private=true does") from error
+        raise ShardError(f"{location}: {error.reason}: {error}") from error
+
+
 @contextmanager
-def open_remote(location: str) -> Iterator[IO[bytes]]:
-    """Stream of a URL, or of the output of an allowed `pipe:` command, which no shell interprets."""
+def _opened(location: str) -> Iterator[IO[bytes]]:
+    """Stream of a URL, or of the output of a `pipe:` command, which no shell interprets."""
     if not location.startswith(PIPE):
         try:
             stream = fsspec.open(location, "rb").open()
@@ -72,9 +97,9 @@ def open_remote(location: str) -> Iterator[IO[bytes]]:
 class DiskCache:
     """Whole files by URL, under a folder with a size limit. Holds nothing but the settings."""
 
-    def __init__(self, root: Path | None = None, limit: int = 100 << 30) -> None:
-        """`limit`: bytes; default folder: `remote` in the cache of vlp."""
-        self.root, self.limit = root or cache_dir() / "remote", limit
+    def __init__(self, root: Path | None = None, limit: int = 100 << 30, options: FetchOptions = SHARD_FETCH) -> None:
+        """`limit`: bytes; default folder: `remote` in the cache of vlp. `options`: for web addresses."""
+        self.root, self.limit, self.options = root or cache_dir() / "remote", limit, options
 
     def path(self, location: str, sha256: str = "") -> Path:
         """Where a file lies once it was fetched; another expected content is another entry."""
@@ -115,13 +140,10 @@ class DiskCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
-            digest = hashlib.sha256()
-            with os.fdopen(handle, "wb") as target, open_remote(location) as source:
-                while chunk := source.read(CHUNK):
-                    digest.update(chunk)
-                    target.write(chunk)
-            if sha256 and digest.hexdigest() != sha256:
-                raise ShardError(f"{location}: sha256 {digest.hexdigest()}, the manifest says {sha256}")
+            with os.fdopen(handle, "wb") as target:
+                download(location, target, self.options)
+            if sha256 and (found := sha256_file(Path(name))) != sha256:
+                raise ShardError(f"{location}: sha256 {found}, the manifest says {sha256}")
             publish(Path(name), path)
         except BaseException:
             Path(name).unlink(missing_ok=True)

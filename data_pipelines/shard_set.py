@@ -1,6 +1,7 @@
 """All samples of a recipe's training data under one numbering: folders, lists, brace lists, URLs and mixtures."""
 
 import hashlib
+import io
 import logging
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -11,15 +12,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
-from data_pipelines.config import explain
 from data_pipelines.errors import BadSample, PipelineError, ShardError
 from data_pipelines.keep import load_keys
 from data_pipelines.plan import Part
 from data_pipelines.reader import Maps, Sample, Shard, open_shards
-from data_pipelines.records import MANIFEST, Manifest, ShardInfo, manifest_digest
-from data_pipelines.remote import PIPE, Absent, DiskCache, allow, is_remote, open_remote
+from data_pipelines.records import MANIFEST, ShardInfo, manifest_digest, parse_manifest
+from data_pipelines.remote import PIPE, Absent, DiskCache, allow, download, is_remote
 from data_pipelines.shard_files import index_path
 
 log = logging.getLogger(__name__)
@@ -181,14 +180,13 @@ class _Opener:
             shard = self._remote_shard(item, None)
             return [shard], _identity(shard)
         location = f"{item.rstrip('/')}/{MANIFEST}"
+        stream = io.BytesIO()
         try:
-            with open_remote(location) as stream:
-                content = stream.read()
-            manifest = Manifest.model_validate_json(content)
+            download(location, stream, self.cache.options)
         except Absent as error:
             raise PipelineError(f"{error}; list the tars, as in {item.rstrip('/')}/{{00000..00099}}.tar") from error
-        except ValidationError as error:
-            raise ShardError(f"{location} is damaged: {explain(error)}") from error
+        content = stream.getvalue()
+        manifest = parse_manifest(content, location)
         shards = [self._remote_shard(f"{item.rstrip('/')}/{info.name}", info) for info in manifest.shards]
         return shards, hashlib.sha256(content).hexdigest()
 

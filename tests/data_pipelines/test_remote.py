@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -17,9 +18,9 @@ import pytest
 
 from data_pipelines.errors import ConfigError, PipelineError, ShardError
 from data_pipelines.loader import DataConfig, Loader
-from data_pipelines.remote import CHUNK, DiskCache, allow
+from data_pipelines.remote import CHUNK, SHARD_FETCH, DiskCache, allow
 from data_pipelines.shard_set import ShardSet
-from data_pipelines.testing import draw
+from data_pipelines.testing import Handler, Web, draw
 from data_pipelines.tokens import learn_tokenizer
 
 
@@ -53,6 +54,21 @@ def test_a_remote_folder_reads_as_the_local_one_and_is_fetched_at_first_use(
 def test_tars_by_url_need_no_manifest(bucket: str, starter_shards: Path, tmp_path: Path) -> None:
     shards = ShardSet(f"{bucket}/{{00000..00000}}.tar", cache=DiskCache(tmp_path))
     assert [shards.read(n).key for n in range(3)] == [local(starter_shards).read(n).key for n in range(3)]
+
+
+def test_web_addresses_go_through_the_safe_fetcher(starter_shards: Path, web: Web, tmp_path: Path) -> None:
+    for path in (starter_shards / "unseen_concepts").iterdir():
+        web.routes[f"/shards/{path.name}"] = partial(Handler.answer, body=path.read_bytes())
+    address = f"{web.url}/shards"
+    with pytest.raises(ConfigError, match=r"data\.fetch\.allow_private=true"):
+        ShardSet(address, cache=DiskCache(tmp_path))
+    assert not web.asked, "an address of the own network is not even dialled"
+    cache = DiskCache(tmp_path, options=SHARD_FETCH.model_copy(update={"allow_private": True}))
+    shards, here = ShardSet(address, cache=cache), local(starter_shards)
+    assert shards.digest == here.digest
+    assert [shards.read(number) for number in range(len(shards))] == [here.read(n) for n in range(len(here))]
+    with pytest.raises(PipelineError, match="list the tars"):
+        ShardSet(f"{web.url}/nowhere", cache=cache)
 
 
 def test_what_arrives_must_be_what_the_manifest_says(bucket: str, tmp_path: Path) -> None:
