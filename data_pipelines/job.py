@@ -19,9 +19,10 @@ from data_pipelines.store import TEMP, Store, join
 from data_pipelines.write import INPUT, JOB, Part, Parts, conclude, describe, finish, run, write_shards
 
 OURS = re.compile(
-    r"\d+(\.tar|\.index\.npy|\.parquet|_stats\.json)|sizes\.json|manifest\.json|job\.json|\.[\w.]+\.\w{8}"
+    r"\d+(\.tar|\.index\.npy|\.parquet|_stats\.json)|sizes\.json|manifest\.json|job\.json|keep\.txt|\.[\w.]+\.\w{8}"
 )
-"""Names that a sharding job writes, temp files of a killed one included; nothing else is ever removed."""
+"""Names that a sharding job writes, temp files of a killed one and the keep-list of `dedup` included (in new shards its
+keys would name other samples); nothing else is ever removed."""
 LATER = "extended"
 """Key of job.json: the sources that `vlp shard extend` added, in order."""
 Job = dict[str, Any]

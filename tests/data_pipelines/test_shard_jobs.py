@@ -87,7 +87,11 @@ def test_an_interrupted_job_is_not_taken_up_with_other_options(photos: Path, tmp
     (photos / "new.png").write_bytes(draw())
     with pytest.raises(PipelineError, match=r"unfinished job \(different: source.files\)"):
         shard(photos, tmp_path / "out")
+    for name in ("keep.txt", "notes.txt"):
+        (tmp_path / "out" / name).write_text("00000000\n")
     assert shard(photos, tmp_path / "out", overwrite=True)["records"] == 9
+    assert not (tmp_path / "out" / "keep.txt").exists(), "its keys would name other samples"
+    assert (tmp_path / "out" / "notes.txt").exists()
 
 
 def test_other_file_systems_get_the_same_bytes(photos: Path, tmp_path: Path) -> None:
