@@ -16,9 +16,9 @@ from data_pipelines.files import cache_dir
 from data_pipelines.packages import Package, fetch_package, read_members
 from data_pipelines.records import Record
 
-VENDORS = ("google", "google-2017", "twitter", "twitter-2017", "fluent")
-"""Google's carries the concept table. The 2017 sets are the same two vendors' earlier drawings: nearly all of Google's
-were drawn anew since, few of Twitter's. `fluent` is drawn in another style altogether."""
+VENDORS = ("google", "google-2017", "twitter", "fluent")
+"""Google's carries the concept table; `google-2017` holds its former drawings, nearly all of which were drawn anew
+since. `fluent` is drawn in another style altogether."""
 
 PACKAGES = {
     "google": Package(
@@ -47,15 +47,6 @@ PACKAGES = {
         "3247dd55dee7954d6d1d3d84b05759e49daf71cab5cccb4566940209679af66f",
         "Apache-2.0",
         "Noto Emoji by the Android Open Source Project, April 2017",
-    ),
-    "twitter-2017": Package(
-        "npm",
-        "emoji-datasource-twitter",
-        "3.0.0",
-        "emoji-datasource-twitter-3.0.0.tgz",
-        "89e1cc7c7df14b2b7df275b2250ff622afe128dbf17aa0f3f75ab02120505248",
-        "CC-BY-4.0",
-        "Twemoji 2.2.5 by Twitter and contributors",
     ),
     "fluent": Package(
         "npm",
@@ -180,7 +171,7 @@ def _names(archive: Path, languages: tuple[str, ...]) -> dict[str, dict[str, Any
 def load_images(vendor: str, config: Config) -> dict[str, bytes]:
     """File stem (without FE0F, lower case) -> encoded picture of one vendor."""
     archive = fetch_package(PACKAGES[vendor], config.dir or cache_dir() / "packages")
-    prefix = "package/assets/" if vendor == "fluent" else f"package/img/{vendor.removesuffix('-2017')}/64/"
+    prefix = "package/assets/" if vendor == "fluent" else f"package/img/{vendor.partition('-')[0]}/64/"
     inside = partial(_is_picture, prefix)
     return {_stem(name.removeprefix(prefix)): content for name, content in read_members(archive, inside)}
 

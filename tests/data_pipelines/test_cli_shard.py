@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from data_pipelines import console
 from data_pipelines.cli import COMMANDS, data, shard
 from data_pipelines.errors import BadSample
+from data_pipelines.sources import starter
 from data_pipelines.testing import draw
 
 
@@ -252,7 +253,7 @@ def test_fetch_prints_paths_licences_and_credits() -> None:
     result = CliRunner().invoke(data, ["fetch", "starter", "--json"])
     assert result.exit_code == 0, result.output
     packages = summary(result)["packages"]
-    assert len(packages) == 6
+    assert len(packages) == len(starter.PACKAGES) == 7
     assert all(Path(package["path"]).is_file() and package["licence"] and package["credit"] for package in packages)
     assert "Noto Emoji by Google" in CliRunner().invoke(data, ["fetch", "emoji"]).stdout
     assert len(summary(CliRunner().invoke(data, ["fetch", "towers", "--json"]))["packages"]) == 2

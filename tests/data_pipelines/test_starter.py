@@ -41,14 +41,14 @@ def values(rows: Rows, split: str, column: str) -> set[str]:
 def test_sizes(starter_shards: Path) -> None:
     manifests = {split: load_manifest(starter_shards / split) for split in starter.SPLITS}
     samples = {split: manifest.samples for split, manifest in manifests.items()}
-    assert 3500 < samples["train"] < 4200
+    assert 4300 < samples["train"] < 4800
     assert 400 < samples["val"] < 650
     assert 750 < samples["unseen_vendor"] < 850
     assert 180 < samples["unseen_concepts"] < 220
-    assert set(manifests["train"].sources) == {"google", "twitter", "openclipart"}
+    assert set(manifests["train"].sources) == {"google", "google-2017", "twitter", "openclipart"}
     assert set(manifests["val"].sources) == {"google", "twitter"}
     assert set(manifests["unseen_vendor"].sources) == set(manifests["unseen_concepts"].sources) == {"fluent"}
-    assert len(manifests["train"].licences) == 6
+    assert len(manifests["train"].licences) == 7
     assert "CC-BY-4.0; Twemoji" in manifests["train"].licences["emoji-datasource-twitter@16.0.0"]
 
 
