@@ -2,9 +2,9 @@
 
 A tar, a folder of them (sub-folders with tars are splits), a pattern such as `data/0000*.tar` or
 `data/{00000..00012}.tar`, or several of these joined by `::`; also in object stores. Captions, labels, source, boxes
-and all other columns of the json members come along; members other than picture, json and txt are left out. A sample
-without a usable picture, or whose text cannot be read, is a counted failure. A damaged tar stops the job, because
-nobody can tell how much of it is lost; with `damaged: count` it becomes one failure.
+and all other columns of the json members come along; a `cls` member becomes a column, members of other kinds are left
+out. A sample without a usable picture, or whose text cannot be read, is a counted failure. A damaged tar stops the job,
+because nobody can tell how much of it is lost; with `damaged: count` it becomes one failure.
 """
 
 import hashlib
@@ -109,7 +109,9 @@ def _reading(config: Config) -> rows.Reading:
 
 
 def _record(sample: Sample, tar: _Tar, reading: rows.Reading) -> Record:
+    number = {} if sample.cls is None else {"cls": sample.cls}  # a member of its own becomes a column
     row = {
+        **number,
         **sample.columns,
         "captions": list(sample.captions),
         "labels": list(sample.labels) or sample.columns.get("label"),

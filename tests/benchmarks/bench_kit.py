@@ -102,16 +102,15 @@ def write(suite: str, rows: Sequence[Any], folder: Path = RESULTS) -> Path:
     """
     path = folder / f"{suite}.json"
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    fresh = {row.name: asdict(row) for row in rows}
-    merged = [fresh.pop(row["name"], row) for row in kept]
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    result = {
-        "suite": suite,
+    when = {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": machine(),
         "revision": git.stdout.strip() or "unknown",
-        "rows": [*merged, *fresh.values()],
+        "machine": machine(),
     }
+    fresh = {row.name: asdict(row) | when for row in rows}
+    merged = [fresh.pop(row["name"], row) for row in kept]
+    result = {"suite": suite, "rows": [*merged, *fresh.values()]}
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return path
@@ -131,13 +130,20 @@ def table(result: Path) -> str:
             f"| {row['name']}: {row['note']} | {row['peer']} {row['peer_version']} | {spread} | {row['goal']} | "
             f"{'met' if row['met'] else 'not met'} |"
         )
-    return "\n".join([*lines, "", f"{data['machine']}, {data['date']}, revision {data['revision']}."])
+    return "\n".join([*lines, "", _measured(data["rows"])])
+
+
+def _measured(rows: Sequence[Mapping[str, str]]) -> str:
+    """Where, when and at which revisions."""
+    found = [list(dict.fromkeys(row[name] for row in rows)) for name in ("machine", "date", "revision")]
+    machines, dates, revisions = (", ".join(values) for values in found)
+    return f"{machines}; {dates}; revision {revisions}."
 
 
 def _table_of_proofs(data: dict[str, Any]) -> str:
     lines = ["| proof | cases passed | |", "|---|---|---|"]
     lines += [f"| {row['name']} | {row['value']} of {row['goal'].split()[1]} | {row['note']} |" for row in data["rows"]]
-    return "\n".join([*lines, "", f"{data['machine']}, {data['date']}, revision {data['revision']}."])
+    return "\n".join([*lines, "", _measured(data["rows"])])
 
 
 def render(readme: Path, result: Path) -> str:

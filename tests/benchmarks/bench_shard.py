@@ -1,5 +1,6 @@
 """Figures of sharding and verification: whole commands, by the clock on the wall, taking turns on the same cores."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -20,11 +21,12 @@ PER_SHARD = 500
 WORKERS = 2
 
 
-def call(*words: str | Path) -> None:
-    """Run a command; its output is dropped. Raises CalledProcessError."""
+def call(*words: str | Path) -> bytes:
+    """Output of a command. Raises CalledProcessError."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     environment |= {"NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONWARNINGS": "ignore"}
-    subprocess.run(words, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    done = subprocess.run(words, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return done.stdout
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -140,12 +142,14 @@ def verify_row(name: str, shards: Path, goal: str, rounds: int) -> Row:
         for path in tars:
             call("tar", "-tf", path)
 
-    command: Sequence[str | Path] = (sys.executable, "-m", "vlp", "shard", "verify", shards)
+    command: Sequence[str | Path] = (sys.executable, "-m", "vlp", "shard", "verify", shards, "--json")
     try:
-        call(*command)
+        found = json.loads(call(*command).splitlines()[-1])
     except subprocess.CalledProcessError as error:
         return missing(name, peer, goal, f"vlp shard verify failed: {error.stderr.decode().strip().splitlines()[-1:]}")
+    listed = b"".join(call("tar", "-tf", path) for path in tars).splitlines()
+    equal = found["faults"] == [] and 3 * found["samples"] == len(listed)
     taken = take_turns({"ours": wall(lambda: call(*command)), "peer": wall(by_tools)}, rounds)
     size = sum(path.stat().st_size for path in tars) / 1e6
     note = f"{size:,.0f} MB in {min(taken['ours']):.2f} s, start of the command included"
-    return compare(name, peer, taken["ours"], taken["peer"], goal, True, note)
+    return compare(name, peer, taken["ours"], taken["peer"], goal, equal, note)

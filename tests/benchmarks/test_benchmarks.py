@@ -97,8 +97,8 @@ def test_captions_are_as_mixed_as_the_figures_say() -> None:
 
 
 def test_faults_hit_as_many_pictures_as_asked(shards: Path, tmp_path: Path) -> None:
-    faulty = faulty_copy(shards, 0.25, tmp_path / "faulty")
-    (whole,), (broken,) = open_shards(shards), open_shards(faulty)
+    assert faulty_copy(shards, 0.25, tmp_path / "faulty") == 6
+    (whole,), (broken,) = open_shards(shards), open_shards(tmp_path / "faulty")
     assert sum(whole.read(row).image != broken.read(row).image for row in range(24)) == 6
     assert all(whole.read(row).captions == broken.read(row).captions for row in range(24))
 

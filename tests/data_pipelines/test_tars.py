@@ -13,6 +13,7 @@ import pytest
 from data_pipelines import sources
 from data_pipelines.errors import PipelineError, ShardError
 from data_pipelines.records import Record
+from data_pipelines.shard_set import ShardSet
 from data_pipelines.sources import tars
 from data_pipelines.testing import draw
 from data_pipelines.write import WriteOptions, write_shards
@@ -61,6 +62,19 @@ def test_nothing_is_lost_on_the_way_through_a_shard(old: Path, tmp_path: Path, r
     manifest = shard(read(old), tmp_path / "new", WriteOptions(samples_per_shard=7))[""]
     assert (manifest.records, manifest.samples, len(manifest.shards)) == (25, 25, 4)
     assert [facts(record) for record in read(tmp_path / "new")] == [facts(record) for record in records]
+
+
+def test_a_class_member_becomes_a_column(tmp_path: Path) -> None:
+    """The usual layout of class-labelled tars: picture and number, no text."""
+    with tarfile.open(tmp_path / "plain.tar", "w") as tar:
+        for name, content in (("a.png", draw()), ("a.cls", b"7"), ("b.png", draw(seed=1)), ("b.cls", b"0")):
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    shard(read(tmp_path / "plain.tar"), tmp_path / "new", WriteOptions())
+    samples = ShardSet(tmp_path / "new")
+    assert [samples.read(n).columns["cls"] for n in range(2)] == [7, 0]
+    assert read(tmp_path / "new")[0].extra["cls"] == 7, "and stays one"
 
 
 def test_pictures_are_encoded_anew(old: Path, tmp_path: Path) -> None:
