@@ -25,7 +25,7 @@ def call(*words: str | Path) -> bytes:
     """Output of a command. Raises CalledProcessError."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     environment |= {"NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(words, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.run(words, env=environment, check=True, capture_output=True)
     return done.stdout
 
 
