@@ -22,8 +22,8 @@ from PIL import Image
 
 from data_pipelines import console
 from data_pipelines.errors import BadSample, ConfigError
+from data_pipelines.folders import read_members, read_rows
 from data_pipelines.images import flatten, open_checked
-from data_pipelines.shards import read_members, read_rows
 from data_pipelines.store import Store, join
 from data_pipelines.survey import parquets
 

@@ -4,19 +4,30 @@ import hashlib
 import json
 import re
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import PipelineError, ShardError
+from data_pipelines.folders import (
+    INPUT,
+    JOB,
+    Job,
+    first_manifest,
+    is_whole,
+    manifest_of,
+    read_finished,
+    read_job,
+    splits,
+    summarise,
+)
 from data_pipelines.pictures import WriteOptions
-from data_pipelines.records import MANIFEST, Manifest, parse_manifest
+from data_pipelines.records import MANIFEST
 from data_pipelines.shard_files import json_file
 from data_pipelines.shards import Done, load_done
 from data_pipelines.sources import Source, names
 from data_pipelines.store import TEMP, Store, join
-from data_pipelines.write import INPUT, JOB, Part, Parts, conclude, describe, finish, run, write_shards
+from data_pipelines.write import Part, Parts, conclude, describe, finish, run, write_shards
 
 OURS = re.compile(
     r"\d+(\.tar|\.index\.npy|\.parquet|_stats\.json)|sizes\.json|manifest\.json|job\.json|keep\.txt|\.[\w.]+\.\w{8}"
@@ -25,7 +36,6 @@ OURS = re.compile(
 keys would name other samples); nothing else is ever removed."""
 LATER = "extended"
 """Key of job.json: the sources that `vlp shard extend` added, in order."""
-Job = dict[str, Any]
 
 
 def shard(source: Source, out: Path | str, options: WriteOptions, *, overwrite: bool, progress: bool) -> dict[str, Any]:
@@ -140,7 +150,7 @@ def recall(job: Job, where: str) -> Source:
 def code_digest() -> str:
     """sha256 over the modules that decide what lands in a shard; a changed reader must not pass for the old one."""
     here = Path(__file__).parent
-    deciding = ("images.py", "pictures.py", "rows.py", "shard_files.py", "shards.py")
+    deciding = ("images.py", "pictures.py", "resize.py", "rows.py", "shard_files.py", "shards.py")
     paths = [*sorted((here / "sources").glob("*.py")), *(here / name for name in deciding)]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
 
@@ -193,25 +203,6 @@ def _sweep(store: Store) -> None:
                 store.remove(join(folder, name))
 
 
-def read_job(store: Store, name: str) -> Job | None:
-    """A job file's content, {} when it is damaged, None when it is missing."""
-    try:
-        found = json.loads(store.read(name))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def read_finished(store: Store) -> Job:
-    """job.json of a finished folder. Raises ShardError when there is none."""
-    job = read_job(store, JOB)
-    if not job:
-        raise ShardError(f"{store} holds no finished shards of this tool: write some with `vlp shard SOURCE --out DIR`")
-    return job
-
-
 def strip(job: Job) -> Job:
     """A job without what may differ: its place, and what was added later."""
     return {name: value for name, value in job.items() if name not in (INPUT, LATER)}
@@ -247,24 +238,6 @@ def _flatten(job: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def splits(store: Store) -> list[str]:
-    """Split folders with a manifest; "" for the folder itself."""
-    return [name for name in ("", *store.names(kind="directory")) if store.size(join(name, MANIFEST)) is not None]
-
-
-def manifest_of(store: Store, split: str) -> Manifest:
-    """Manifest of a split. Raises ShardError when it is damaged."""
-    name = join(split, MANIFEST)
-    return parse_manifest(store.read(name), f"{store}/{name}")
-
-
-def first_manifest(store: Store) -> Manifest:
-    """Manifest of the first split. Raises ShardError when there is none."""
-    for split in splits(store):
-        return manifest_of(store, split)
-    raise ShardError(f"{store} holds no {MANIFEST}, so it is no finished shard folder")
-
-
 def load_parts(store: Store) -> Parts:
     """The accounts of all shards that the manifests name. Raises ShardError when one is not whole."""
     parts: Parts = {}
@@ -285,15 +258,6 @@ def _load(store: Store, split: str, name: str) -> Done:
     return done
 
 
-def is_whole(store: Store) -> bool:
-    """Whether every shard of every manifest has its length. Digests are left to verification."""
-    try:
-        shards = [(split, info) for split in splits(store) for info in manifest_of(store, split).shards]
-    except ShardError:
-        return False
-    return bool(shards) and all(store.size(join(split, info.name)) == info.bytes for split, info in shards)
-
-
 def _clear(store: Store) -> None:
     """Remove what a sharding job wrote, and nothing else; job.json first, so that a kill leaves an unfinished job."""
     if (content := read_job(store, JOB)) is not None:
@@ -309,30 +273,6 @@ def _clear(store: Store) -> None:
         if folder and not store.names(folder) and not store.names(folder, "directory"):
             store.remove_folder(folder)
     store.remove_folder(TEMP)
-
-
-def summarise(store: Store) -> dict[str, Any]:
-    """Counts of a finished output folder, in all and per split, from its manifests."""
-    manifests = {split: manifest_of(store, split) for split in splits(store)}
-    parts = {
-        split: _counts([manifest]) | {"manifest": hashlib.sha256(store.read(join(split, MANIFEST))).hexdigest()}
-        for split, manifest in manifests.items()
-    }
-    return {"out": str(store), "kind": first_manifest(store).kind, **_counts(manifests.values()), "splits": parts}
-
-
-def _counts(manifests: Iterable[Manifest]) -> dict[str, Any]:
-    manifests = list(manifests)
-    failures: Counter[str] = Counter()
-    for manifest in manifests:
-        failures.update(manifest.failures)
-    return {
-        "records": sum(manifest.records for manifest in manifests),
-        "samples": sum(manifest.samples for manifest in manifests),
-        "failures": dict(sorted(failures.items())),
-        "shards": sum(len(manifest.shards) for manifest in manifests),
-        "bytes": sum(shard.bytes for manifest in manifests for shard in manifest.shards),
-    }
 
 
 def lines(result: Mapping[str, Any]) -> list[str]:

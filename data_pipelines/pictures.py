@@ -13,23 +13,19 @@ from pydantic import Field, model_validator
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import BadSample, ConfigError
 from data_pipelines.fetch import FetchOptions, read_bytes
-from data_pipelines.images import (
-    MAX_PIXELS,
+from data_pipelines.images import MAX_PIXELS, is_rotated, open_checked, open_header, upright
+from data_pipelines.records import Record
+from data_pipelines.resize import (
     WHOLE,
     EncodeFormat,
     Frame,
     ResizeMode,
     encode,
     frame,
-    is_rotated,
     needs_resize,
-    open_checked,
-    open_header,
     resize_to,
     scaled_size,
-    upright,
 )
-from data_pipelines.records import Record
 
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats whose original bytes may stay, and their member extension."""

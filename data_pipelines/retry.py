@@ -14,36 +14,23 @@ from typing import Any
 
 from data_pipelines import console
 from data_pipelines.errors import PipelineError, ShardError
-from data_pipelines.job import (
-    LATER,
-    differences,
+from data_pipelines.folders import (
+    JOB,
     first_manifest,
-    load_parts,
     read_finished,
     read_job,
-    recall,
-    recorded_options,
-    strip_all,
-    summarise,
-)
-from data_pipelines.pictures import Prepared, WriteOptions
-from data_pipelines.records import Record
-from data_pipelines.shard_files import INDEX_SUFFIX, json_file
-from data_pipelines.shards import (
-    Members,
-    Pools,
-    Work,
-    clean,
-    make_row,
-    plan_work,
     read_members,
     read_rows,
     reason,
-    shard_name,
-    write_files,
+    summarise,
 )
+from data_pipelines.job import LATER, differences, load_parts, recall, recorded_options, strip_all
+from data_pipelines.pictures import Prepared, WriteOptions
+from data_pipelines.records import Record
+from data_pipelines.shard_files import INDEX_SUFFIX, json_file
+from data_pipelines.shards import Members, Pools, Work, clean, make_row, plan_work, shard_name, write_files
 from data_pipelines.store import TEMP, Store, join
-from data_pipelines.write import JOB, conclude, describe, finish
+from data_pipelines.write import conclude, describe, finish
 
 STAGE = f"{TEMP}/retry"
 READY = ".ready"

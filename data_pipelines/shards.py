@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import tarfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,9 +21,9 @@ import pyarrow.parquet as pq
 
 from data_pipelines.console import Advance
 from data_pipelines.errors import PipelineError
-from data_pipelines.images import WHOLE, Frame
 from data_pipelines.pictures import Prepared, WriteOptions, prepare
 from data_pipelines.records import BOX_FIELDS, RESERVED, Box, Record, ShardInfo
+from data_pipelines.resize import WHOLE, Frame
 from data_pipelines.shard_files import INDEX_SUFFIX, Extras, TarWriter, json_file, key_digits, parquet_file
 from data_pipelines.store import Store, join
 
@@ -261,25 +260,6 @@ def load_done(store: Store, folder: str, name: str) -> Done | None:
     except (OSError, ValueError):  # missing, not JSON, or not parquet (pyarrow.ArrowInvalid is a ValueError)
         return None
     return _account(name, stats, rows) if len(rows) == stats.get("count") else None
-
-
-def read_rows(store: Store, folder: str, name: str) -> list[dict[str, Any]]:
-    """All rows of a shard's parquet. Raises FileNotFoundError."""
-    return pq.read_table(io.BytesIO(store.read(join(folder, f"{name}.parquet")))).to_pylist()  # type: ignore[no-any-return]
-
-
-def read_members(store: Store, folder: str, name: str) -> Iterator[tuple[str, str, int, bytes]]:
-    """(key, extension, offset, content) of every file in a shard's tar."""
-    with tarfile.open(fileobj=io.BytesIO(store.read(join(folder, f"{name}.tar")))) as tar:
-        for member in tar:
-            key, _, extension = member.name.partition(".")
-            if (stream := tar.extractfile(member)) is not None:
-                yield key, extension, member.offset_data, stream.read()
-
-
-def reason(row: Mapping[str, Any]) -> str:
-    """Name under which a failed row is counted."""
-    return str(row.get("error_message") or row.get("status")).partition(":")[0]
 
 
 def _row(key: str, record: Record, prepared: Prepared) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from data_pipelines.errors import ConfigError, PipelineError
+from data_pipelines.folders import read_members, read_rows, reason
 from data_pipelines.pictures import WriteOptions
 from data_pipelines.records import Record
-from data_pipelines.shards import Pools, read_members, read_rows, reason
+from data_pipelines.shards import Pools
 from data_pipelines.sources import Source
 from data_pipelines.store import TEMP, Store, join
 from data_pipelines.write import describe

@@ -24,14 +24,12 @@ import pyarrow.parquet as pq
 
 from data_pipelines import console
 from data_pipelines.errors import PipelineError, ShardError
+from data_pipelines.folders import JOB, manifest_of, read_job, reason
 from data_pipelines.images import MAX_PIXELS
-from data_pipelines.job import manifest_of, read_job
 from data_pipelines.records import MANIFEST, Manifest, ShardInfo
 from data_pipelines.shard_files import BLOCK, INDEX_COLUMNS, INDEX_SUFFIX
-from data_pipelines.shards import reason
 from data_pipelines.store import TEMP, Store, join
 from data_pipelines.tar_faults import KINDS, Fault, Found, TarCheck
-from data_pipelines.write import JOB
 
 WANTED = (
     "key", "status", "error_message", "source", "caption", "width", "height", "sha256", "stored_sha256", "text_sha256",

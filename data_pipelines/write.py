@@ -17,18 +17,14 @@ from typing import Any
 from data_pipelines import console
 from data_pipelines.distribute import executor
 from data_pipelines.errors import PipelineError
+from data_pipelines.folders import INPUT, JOB
 from data_pipelines.pictures import WriteOptions
 from data_pipelines.records import MANIFEST, Manifest, Record, ShardInfo
 from data_pipelines.shard_files import json_file
 from data_pipelines.shards import Done, Work, clean, in_order, load_done, plan_work, shard_name
 from data_pipelines.store import TEMP, Store, join
 
-__all__ = ["JOB", "WriteOptions", "describe", "write_shards"]
-
-JOB = "job.json"
-"""What made a folder: source, options. Its presence says that the folder is complete."""
-INPUT = "input"
-"""Key of job.json: where the source lay, for `vlp shard retry`; a folder that was moved is still the same source."""
+__all__ = ["WriteOptions", "describe", "write_shards"]
 
 
 @dataclass

@@ -17,9 +17,9 @@ from PIL import Image
 from data_pipelines import rows
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import PipelineError
-from data_pipelines.images import encode
 from data_pipelines.places import place
 from data_pipelines.records import Record
+from data_pipelines.resize import encode
 
 SPLITS = {"train": "train", "t10k": "test", "test": "test"}
 Array = NDArray[np.uint8]

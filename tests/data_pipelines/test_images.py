@@ -8,18 +8,8 @@ import simplejpeg
 from PIL import Image, PngImagePlugin
 
 from data_pipelines.errors import BadSample
-from data_pipelines.images import (
-    EncodeFormat,
-    ResizeMode,
-    encode,
-    flatten,
-    has_alpha,
-    needs_resize,
-    open_checked,
-    resize_to,
-    scaled_size,
-    upright,
-)
+from data_pipelines.images import flatten, has_alpha, open_checked, upright
+from data_pipelines.resize import EncodeFormat, ResizeMode, encode, needs_resize, resize_to, scaled_size
 from data_pipelines.testing import draw
 
 

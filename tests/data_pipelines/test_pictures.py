@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.images import ResizeMode, encode, resize_to
 from data_pipelines.pictures import Prepared, WriteOptions, prepare
 from data_pipelines.records import Record
+from data_pipelines.resize import ResizeMode, encode, resize_to
 from data_pipelines.testing import draw
 
 MODES = [mode for mode in get_args(ResizeMode) if mode != "no"]

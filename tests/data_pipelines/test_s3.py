@@ -17,8 +17,6 @@ from data_pipelines.remote import DiskCache
 from data_pipelines.shard_set import ShardSet
 from data_pipelines.verify import verify
 
-pytest.importorskip("s3fs")
-pytest.importorskip("moto")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # both packages warn about their own insides
 
 OPTIONS = WriteOptions(image_size=16, resize_mode="keep_ratio", samples_per_shard=3)
@@ -32,6 +30,8 @@ def listens(port: int) -> bool:
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An empty bucket on a server of this machine."""
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
