@@ -121,7 +121,7 @@ def test_resolve_by_path_name_and_kind(photos: Path) -> None:
     assert sources.resolve(str(photos), "folder").config == folder.Config(path=photos)
     starter = sources.resolve("starter")
     assert starter.name == "starter"
-    assert len(starter.packages) == 6
+    assert len(starter.packages) == 7
     assert len(sources.resolve("emoji").packages) == 4
 
 
