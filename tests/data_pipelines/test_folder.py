@@ -122,7 +122,7 @@ def test_resolve_by_path_name_and_kind(photos: Path) -> None:
     starter = sources.resolve("starter")
     assert starter.name == "starter"
     assert len(starter.packages) == 7
-    assert len(sources.resolve("emoji").packages) == 4
+    assert len(sources.resolve("emoji").packages) == 5
 
 
 def test_resolve_lists_what_exists(photos: Path) -> None:
