@@ -20,7 +20,7 @@ from data_pipelines.errors import BadSample, PipelineError, ShardError
 from data_pipelines.files import sha256_file
 from data_pipelines.records import MANIFEST, ShardInfo, load_manifest
 from data_pipelines.shard_files import index_path
-from data_pipelines.tar import BLOCK, KINDS, Contents, Data, contents, indexed, member_name, split_name, walk_tar
+from data_pipelines.tar import KINDS, Contents, Data, contents, indexed, walk_tar
 
 log = logging.getLogger(__name__)
 
@@ -106,13 +106,7 @@ class Shard:
 
     def key(self, row: int) -> str:
         """Key of the sample in position `row`."""
-        opened = self._opened()
-        if opened.contents.keys is not None:
-            return opened.contents.keys[row]
-        first = next((offset for offset in opened.contents.table[row, 0::2].tolist() if offset > 0), None)
-        if first is None:
-            return ""
-        return split_name(member_name(bytes(opened.data[first - BLOCK : first])))[0]
+        return self._opened().contents.keys[row]
 
     def offset(self, row: int) -> int:
         """Byte of the tar where the first member of a sample begins."""

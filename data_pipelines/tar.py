@@ -117,8 +117,8 @@ def _good_headers(data: Data, heads: Table) -> tuple[NDArray[np.bool_], Table, N
     """(checksum holds, size, whole header) for the headers at these offsets, whole blocks inside the file."""
     blocks = np.frombuffer(data, np.uint8, len(data) // BLOCK * BLOCK).reshape(-1, BLOCK)[heads // BLOCK]
     stored, sizes = _octal(blocks[:, 148:156]), _octal(blocks[:, 124:136])
-    sums = blocks.sum(axis=1, dtype=np.int64) - blocks[:, 148:156].sum(axis=1, dtype=np.int64) + 8 * ord(" ")
-    return stored == sums, sizes, blocks
+    total, own = (part.sum(axis=1, dtype=np.uint32).astype(np.int64) for part in (blocks, blocks[:, 148:156]))
+    return stored == total - own + 8 * ord(" "), sizes, blocks
 
 
 def _octal(field: NDArray[np.uint8]) -> Table:
@@ -158,8 +158,7 @@ class Contents:
 
     table: Table
     """(samples, 2 x kinds): offset and size of each kind of member; offset -1 = there is none."""
-    keys: list[str] | None
-    """Their keys; None = as in the header before the member at `table[:, 0]`."""
+    keys: list[str]
     good: NDArray[np.bool_]
     """False for samples with a damaged header."""
     ignored: Counter[str]
@@ -200,20 +199,29 @@ def indexed(data: Data, index: Table) -> Contents | None:
     right &= (found == claimed) & ((blocks[:, 156] == ord("0")) | (blocks[:, 156] == 0))
     good = np.ones(len(index), dtype=bool)
     good[rows[~right]] = False
-    good &= _one_stem(blocks, rows, len(index))
+    stems = _stems(blocks)
+    first = np.zeros(len(index), dtype=np.int64)
+    first[rows[::-1]] = np.arange(len(rows))[::-1]
+    good[rows[stems != stems[first[rows]]]] = False
     if good.mean() < 0.5:
         return None
     table = np.tile(np.array([-1, 0], dtype=np.int64), (len(index), len(KINDS)))
     table[:, : index.shape[1]] = np.where(np.repeat(present, 2, axis=1), index, table[:, : index.shape[1]])
-    return Contents(table, None, good, Counter())
+    return Contents(table, _keys(stems[first], blocks[first]), good, Counter())
 
 
-def _one_stem(blocks: NDArray[np.uint8], rows: Table, samples: int) -> NDArray[np.bool_]:
-    """Whether all members of a sample have the same name before the first dot (names of at most 100 bytes)."""
-    names = blocks[:, :100].copy()
-    names[(names == ord(".")).cumsum(axis=1) > 0] = 0
-    first = np.zeros(samples, dtype=np.int64)
-    first[rows[::-1]] = np.arange(len(rows))[::-1]
-    same = np.ones(samples, dtype=bool)
-    same[rows[(names != names[first[rows]]).any(axis=1)]] = False
-    return same
+def _stems(blocks: NDArray[np.uint8]) -> NDArray[np.bytes_]:
+    """Name of each member before its first dot (names of at most 100 bytes)."""
+    dots = blocks[:, :100] == ord(".")
+    length = np.where(dots.any(axis=1), dots.argmax(axis=1), 100)
+    names = blocks[:, :100] * (np.arange(100) < length[:, None])
+    return np.ascontiguousarray(names).view("S100")[:, 0]
+
+
+def _keys(stems: NDArray[np.bytes_], blocks: NDArray[np.uint8]) -> list[str]:
+    """Keys by the first header of each sample; a name with folders takes the longer way."""
+    keys = [stem.decode("utf-8", "replace") for stem in stems.tolist()]
+    folders = (blocks[:, :100] == ord("/")).any(axis=1) | (blocks[:, 345] > 0)
+    for row in np.flatnonzero(folders).tolist():
+        keys[row] = split_name(member_name(blocks[row].tobytes()))[0]
+    return keys
