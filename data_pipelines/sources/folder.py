@@ -113,15 +113,16 @@ def iter_records(config: Config) -> Iterator[Record]:
             f"template {config.template!r} has no effect: {config.path} holds no labels, that is neither class folders "
             "nor a .json beside an image; leave it out"
         )
+    source = _source(config)
     for name in listing.pictures:
         if layout == "classes":
             label = name.rpartition("/")[0].rpartition("/")[2]
-            yield _record(config, name, (), (label,) if label else (), {}, "")
+            yield _record(config, source, name, (), (label,) if label else (), {}, "")
         else:
-            yield _with_sidecars(config, name, listing.sidecars)
+            yield _with_sidecars(config, source, name, listing.sidecars)
 
 
-def _with_sidecars(config: Config, name: str, sidecars: set[str]) -> Record:
+def _with_sidecars(config: Config, source: str, name: str, sidecars: set[str]) -> Record:
     stem = _stem(name)
     captions: list[str] = []
     labels: list[str] = []
@@ -137,7 +138,7 @@ def _with_sidecars(config: Config, name: str, sidecars: set[str]) -> Record:
             extra = rows.passthrough(columns, rows.LABELS)
     except BadSample as error:
         problem = str(error)
-    return _record(config, name, tuple(captions), tuple(labels), extra, problem)
+    return _record(config, source, name, tuple(captions), tuple(labels), extra, problem)
 
 
 def _source(config: Config) -> str:
@@ -146,7 +147,13 @@ def _source(config: Config) -> str:
 
 
 def _record(
-    config: Config, name: str, captions: tuple[str, ...], labels: tuple[str, ...], extra: rows.Extra, problem: str
+    config: Config,
+    source: str,
+    name: str,
+    captions: tuple[str, ...],
+    labels: tuple[str, ...],
+    extra: rows.Extra,
+    problem: str,
 ) -> Record:
     captions, labels = (tuple(dict.fromkeys(text for text in texts if text)) for texts in (captions, labels))
     captions = captions or rows.templated(config.template, labels)
@@ -156,7 +163,7 @@ def _record(
         image=config.path / name,
         captions=captions,
         labels=labels,
-        source=_source(config),
+        source=source,
         origin=name,
         extra=extra,
         problem=problem,

@@ -1,6 +1,7 @@
 """All figures of the data path: `make bench-data`, or one row: `make bench-data ROWS=tokens_default`."""
 
 import logging
+import math
 import random
 import shutil
 import sys
@@ -61,7 +62,7 @@ def faulty_copy(shards: Path, share: float, out: Path) -> int:
         data = bytearray(path.read_bytes())
         for shard in open_shards(shards):
             if shard.path.name == path.name:
-                for row in random.Random(path.name).sample(range(len(shard)), round(share * len(shard))):
+                for row in random.Random(path.name).sample(range(len(shard)), math.ceil(share * len(shard))):
                     picture = shard.read(row).image
                     middle = data.find(picture) + len(picture) // 2
                     data[middle : middle + 64] = b"\xff\xd9" * 32
