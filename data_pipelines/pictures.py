@@ -28,8 +28,8 @@ from data_pipelines.resize import (
 
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats whose original bytes may stay, and their member extension."""
-PLAIN = {"RGB": ("RGBX", "RGBX"), "L": ("L", "GRAY")}
-"""Modes of JPEGs that simplejpeg decodes to the very layout Pillow keeps: Pillow's name of it and simplejpeg's."""
+PLAIN = {"RGB": ("RGBA", "RGBX"), "L": ("L", "GRAY")}
+"""Modes of JPEGs that simplejpeg decodes to a layout Pillow takes without a copy: Pillow's name of it, simplejpeg's."""
 KEPT_ROOM = 32 << 20
 """Bytes that a thread keeps for the next picture's pixels; asking the system anew costs half a decoding."""
 _ROOM = threading.local()
@@ -133,7 +133,7 @@ def _convert(data: bytes, digest: str, options: WriteOptions) -> Prepared:
         return Prepared(digest, data, kept, original, original)
     scaled = scaled_size(*original, size, mode) if resize else original
     if plain and not turned and scaled < original and (decoded := _decode(data, image, scaled)) is not None:
-        small = resize_to(decoded, size, mode, options.resize_only_if_bigger, original)
+        small = resize_to(decoded, size, mode, options.resize_only_if_bigger, original, padded=True)
         content = encode(small, target, options.encode_quality)
         return Prepared(digest, content, target, original, small.size, frame(*original, size, mode))
     image, shown = upright(open_checked(data, options.max_pixels)), WHOLE
@@ -146,7 +146,7 @@ def _convert(data: bytes, digest: str, options: WriteOptions) -> Prepared:
 def _decode(data: bytes, image: Image.Image, size: tuple[int, int]) -> Image.Image | None:
     """The picture at a half, a quarter or an eighth if that covers `size` (width, height); None leaves it to Pillow.
 
-    It is good until the thread decodes the next one.
+    It is good until the thread decodes the next one; the fourth channel of a coloured one is padding.
 
     Between the halves libjpeg-turbo has no vector code and is slower than in full. Damage is left to Pillow as well: it
     says what is wrong, and reads what is merely untidy.
@@ -159,8 +159,7 @@ def _decode(data: bytes, image: Image.Image, size: tuple[int, int]) -> Image.Ima
         pixels = simplejpeg.decode_jpeg(data, colours, min_width=width, min_height=height, buffer=room)
     except ValueError:
         return None
-    # four bytes per pixel, as Pillow keeps them, so that it takes the memory as it is
-    return Image.frombuffer(image.mode, pixels.shape[1::-1], pixels, "raw", layout, 0, 1)
+    return Image.frombuffer(layout, pixels.shape[1::-1], pixels, "raw", layout, 0, 1)
 
 
 def _room(size: int) -> bytearray:

@@ -64,20 +64,22 @@ def resize_to(
     mode: ResizeMode,
     only_if_bigger: bool = True,
     full: tuple[int, int] | None = None,
+    padded: bool = False,
 ) -> Image.Image:
     """Resized picture (L, RGB or RGBA), or the picture itself when nothing has to change.
 
     keep_ratio: short side becomes `size`. keep_ratio_largest: long side. center_crop: short side, then the middle
     square. border: long side, then a `size` x `size` square, transparent around a picture with alpha, else white.
-    `full`: width and height of the picture where it was decoded smaller; they decide the shape.
+    `full`: width and height of the picture where it was decoded smaller; they decide the shape. `padded`: its fourth
+    channel, if it has one, is no alpha but padding; the result is RGB.
     """
     full = full or image.size
     if not needs_resize(*full, size, mode, only_if_bigger):
         return image
-    plain = eight_bit(image)
+    plain = image if padded else eight_bit(image)
     width, height = scaled_size(*full, size, mode)
     box = (0.0, 0.0, *exact_size(full, plain.size))
-    if plain.mode == "RGBA":
+    if plain.mode == "RGBA" and not padded:
         # Premultiplied (RGBa), so that colours hidden below alpha 0 do not bleed into the edges. The reducing gap
         # averages whole blocks first: two to four times faster on large pictures, invisible in the result.
         work = plain.convert("RGBa")
@@ -85,7 +87,9 @@ def resize_to(
     else:  # six times as fast as Pillow, in whole numbers: the same bytes on every processor
         small = Image.new(plain.mode, (width, height))
         bicubic = ResizeAlg.convolution(FilterType.catmull_rom)
-        Resizer().resize_pil(plain, small, ResizeOptions(resize_alg=bicubic, crop_box=CropBox(*box)))
+        options = ResizeOptions(resize_alg=bicubic, crop_box=CropBox(*box), use_alpha=False)
+        Resizer().resize_pil(plain, small, options)
+        small = small.convert("RGB") if small.mode == "RGBA" else small
     if mode == "center_crop":
         left, top = (width - size) // 2, (height - size) // 2
         return small.crop((left, top, left + size, top + size))

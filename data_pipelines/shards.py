@@ -174,7 +174,7 @@ def write_files(
     table: list[dict[str, Any]] = []
     reasons: Counter[str] = Counter()
     with _writing(store), store.scratch() as scratch, _growing(scratch / f"{work.split}-{name}.tar") as temp:
-        with temp.open("wb") as stream:
+        with temp.open("wb", buffering=1 << 20) as stream:
             tar = TarWriter(stream)
             for row, reason, members in rows:
                 table.append(row)
