@@ -63,7 +63,8 @@ bench-data: $(PEERS_STAMP)  ## the figures of the data path against their peers 
 	$(call step,data path,$(BIN)/python tests/benchmarks/bench_data.py --rows "$(ROWS)")
 
 prove-data: setup  ## the slow proofs of sharding and streaming: kills, faults, resume on other ranks (about 30 minutes)
-	$(call step,Ray and an S3 server,$(BIN)/python -m pip install --disable-pip-version-check --editable '.[serve$(COMMA)dev$(COMMA)ray$(COMMA)s3]' 'moto[server]')
+	$(call step,Ray and an S3 server,$(BIN)/python -m pip install --disable-pip-version-check --editable '.[serve$(COMMA)dev$(COMMA)ray$(COMMA)s3]'; \
+	  $(PYTHON) -m venv $(PEERS)/moto; $(PEERS)/moto/bin/python -m pip install --disable-pip-version-check 'moto[server]')
 	$(call step,proofs,$(BIN)/python tests/benchmarks/prove.py data)
 
 format:  ## rewrite the sources as `make test` wants them
