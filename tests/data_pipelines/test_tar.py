@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.errors import ShardError
@@ -104,12 +104,16 @@ def test_the_index_says_what_the_walk_says() -> None:
 
 @COMMON
 @given(position=st.integers(0, 10**9), bit=st.integers(0, 7))
+@example(position=4144, bit=4)  # a leading zero of a checksum becomes a space
 def test_no_flipped_header_bit_passes_the_index(position: int, bit: int) -> None:
     content, index = shard(12)
     heads = sorted(int(offset) - BLOCK for row in index for offset, size in row.reshape(-1, 2) if size)
     damaged = bytearray(content)
     head = heads[position % len(heads)]
     damaged[head + position // len(heads) % BLOCK] ^= 1 << bit
+    sums = [bytes(tar[head + 148 : head + 156]).strip(b" \0").lstrip(b"0") for tar in (content, damaged)]
+    in_sum = position // len(heads) % BLOCK in range(148, 156)
+    assume(not in_sum or sums[0] != sums[1])  # other padding, the same number: a sound header, and nothing is lost
     found = indexed(bytes(damaged), index)
     hit = next(number for number, row in enumerate(index) if head + BLOCK in row)
     assert found is not None
