@@ -53,6 +53,14 @@ def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
         raise BadSample("empty_image", f"{width} x {height} pixels")
 
 
+def halvings(full: tuple[int, int], wanted: tuple[int, int]) -> int:
+    """8, 4, 2 or 1: the smallest JPEG decode that still covers `wanted`, both as (width, height) or (height, width).
+
+    By halves, because between them libjpeg-turbo has no vector code and is slower than in full.
+    """
+    return next(s for s in (8, 4, 2, 1) if s == 1 or (full[0] >= s * wanted[0] and full[1] >= s * wanted[1]))
+
+
 def open_checked(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decoded picture (first frame), its `format` kept. Raises BadSample as `open_header`, and `truncated_image`."""
     image = open_header(data, max_pixels)

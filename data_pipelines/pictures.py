@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import BadSample, ConfigError
 from data_pipelines.fetch import FetchOptions, read_bytes
-from data_pipelines.images import MAX_PIXELS, is_rotated, open_checked, open_header, upright
+from data_pipelines.images import MAX_PIXELS, halvings, is_rotated, open_checked, open_header, upright
 from data_pipelines.records import Record
 from data_pipelines.resize import (
     WHOLE,
@@ -148,11 +148,10 @@ def _decode(data: bytes, image: Image.Image, size: tuple[int, int]) -> Image.Ima
 
     It is good until the thread decodes the next one; the fourth channel of a coloured one is padding.
 
-    Between the halves libjpeg-turbo has no vector code and is slower than in full. Damage is left to Pillow as well: it
-    says what is wrong, and reads what is merely untidy.
+    Damage is left to Pillow as well: it says what is wrong, and reads what is merely untidy.
     """
     layout, colours = PLAIN[image.mode]
-    shrink = next(s for s in (8, 4, 2, 1) if s == 1 or (image.width >= s * size[0] and image.height >= s * size[1]))
+    shrink = halvings(image.size, size)
     width, height = -(-image.width // shrink), -(-image.height // shrink)
     room = _room(width * height * len(layout))
     try:

@@ -22,6 +22,7 @@ from data_pipelines.images import (
     MAX_PIXELS,
     check_size,
     flatten,
+    halvings,
     has_exif,
     open_checked,
     open_header,
@@ -81,9 +82,8 @@ def _decode_jpeg(data: bytes, config: ImageConfig, max_pixels: int) -> tuple[NDA
     check_size(width, height, max_pixels)
     in_print = colours in ("CMYK", "YCCK")
     shrink = 1
-    if config.scaled_decode:  # by halves: between them libjpeg-turbo has no vector code and is slower than in full
-        wanted = _resized(height, width, config)
-        shrink = next(s for s in (8, 4, 2, 1) if s == 1 or (height >= s * wanted[0] and width >= s * wanted[1]))
+    if config.scaled_decode:
+        shrink = halvings((height, width), _resized(height, width, config))
     try:
         pixels = simplejpeg.decode_jpeg(
             data, "CMYK" if in_print else "RGB", min_height=-(-height // shrink), min_width=-(-width // shrink)

@@ -23,6 +23,7 @@ import fsspec
 from data_pipelines.errors import BadSample, ConfigError, PipelineError, ShardError
 from data_pipelines.fetch import FetchOptions, fetch_into
 from data_pipelines.files import cache_dir, publish, sha256_file
+from data_pipelines.urls import WEB
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,6 @@ TRIES = 3
 STRIPES = 64
 """Lock files of a cache; two URLs that share one wait for each other, which is all that happens."""
 PIPE = "pipe:"
-HTTP = ("http://", "https://")
 SHARD_FETCH = FetchOptions(
     timeout=30, total_timeout=3600, max_bytes=1 << 40, retries=0, disallowed_header_directives=()
 )  # fmt: skip
@@ -60,7 +60,7 @@ def download(location: str, sink: BinaryIO, options: FetchOptions) -> None:
 
     Raises Absent, OSError, ShardError, and ConfigError for a web address that the options do not admit.
     """
-    if not location.lower().startswith(HTTP):
+    if location.partition("://")[0].lower() not in WEB:
         with _opened(location) as source:
             shutil.copyfileobj(source, sink, CHUNK)
         return

@@ -293,11 +293,12 @@ def clean(text: str) -> str:
 
 def shown(boxes: Sequence[Box], frame: Frame) -> Iterator[Box]:
     """Boxes as fractions of the stored picture, which shows `frame` of the original: cut at its edges, or left out."""
+    if frame == WHOLE:
+        yield from boxes
+        return
     left, top, right, bottom = frame
     for box in boxes:
         x0, x1 = (min(max((x - left) / (right - left), 0.0), 1.0) for x in (box[0], box[2]))
         y0, y1 = (min(max((y - top) / (bottom - top), 0.0), 1.0) for y in (box[1], box[3]))
-        if frame == WHOLE:
-            yield box
-        elif x0 < x1 and y0 < y1:
+        if x0 < x1 and y0 < y1:
             yield x0, y0, x1, y1, box[4]
