@@ -6,30 +6,41 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import simplejpeg
-from PIL import Image
 from pydantic import Field, model_validator
 
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import BadSample, ConfigError
 from data_pipelines.fetch import FetchOptions, read_bytes
-from data_pipelines.images import MAX_PIXELS, halvings, is_rotated, open_checked, open_header, upright
+from data_pipelines.images import (
+    MAX_PIXELS,
+    check_size,
+    halvings,
+    has_exif,
+    is_rotated,
+    open_checked,
+    open_header,
+    upright,
+)
 from data_pipelines.records import Record
 from data_pipelines.resize import (
     WHOLE,
     EncodeFormat,
     Frame,
+    Pixels,
     ResizeMode,
     encode,
+    encode_pixels,
     frame,
     needs_resize,
     resize_to,
     scaled_size,
+    shrink,
 )
 
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats whose original bytes may stay, and their member extension."""
-PLAIN = {"RGB": ("RGBA", "RGBX"), "L": ("L", "GRAY")}
-"""Modes of JPEGs that simplejpeg decodes to a layout Pillow takes without a copy: Pillow's name of it, simplejpeg's."""
+PLAIN = {"YCbCr": "RGBX", "RGB": "RGBX", "Gray": "GRAY"}
+"""Colours of a JPEG -> the layout it is decoded to."""
 KEPT_ROOM = 32 << 20
 """Bytes that a thread keeps for the next picture's pixels; asking the system anew costs half a decoding."""
 _ROOM = threading.local()
@@ -70,6 +81,8 @@ class WriteOptions(StrictModel):
             raise ConfigError(f"encode_quality {self.encode_quality} has no effect without encode_format")
         if self.encode_format == "png" and (self.encode_quality or 0) > 9:
             raise ConfigError(f"encode_quality {self.encode_quality}: png takes a compression level of 0 to 9")
+        if self.encode_format == "jpg" and self.encode_quality == 0:
+            raise ConfigError("encode_quality 0: jpg takes 1 to 100")
         return self
 
     def recorded(self) -> dict[str, str | int | float | bool | None]:
@@ -117,48 +130,68 @@ def prepare(record: Record, options: WriteOptions, gate: AbstractContextManager[
 
 
 def _convert(data: bytes, digest: str, options: WriteOptions) -> Prepared:
-    image = open_header(data, options.max_pixels)
+    if data[:2] == b"\xff\xd8" and (done := _convert_jpeg(data, digest, options)):
+        return done
+    image = open_checked(data, options.max_pixels)
     original = image.size
     kept = KEPT.get(image.format or "", "")
     size, mode = options.image_size or 0, options.resize_mode
     resize = needs_resize(*original, size, mode, options.resize_only_if_bigger)
     target: EncodeFormat = options.encode_format or ("webp" if kept == "webp" else "jpg" if kept == "jpg" else "png")
-    plain = kept == "jpg" and image.mode in PLAIN
     # A turned picture is re-encoded upright: the fast decoders of the training path do not read EXIF.
-    turned = is_rotated(image)
-    if kept == target and not resize and not turned:
-        # One eighth of the size is enough to prove a JPEG whole: every coefficient is still read.
-        if not plain or _decode(data, image, (1, 1)) is None:
-            open_checked(data, options.max_pixels)
+    if kept == target and not resize and not is_rotated(image):
         return Prepared(digest, data, kept, original, original)
-    scaled = scaled_size(*original, size, mode) if resize else original
-    if plain and not turned and scaled < original and (decoded := _decode(data, image, scaled)) is not None:
-        small = resize_to(decoded, size, mode, options.resize_only_if_bigger, original, padded=True)
-        content = encode(small, target, options.encode_quality)
-        return Prepared(digest, content, target, original, small.size, frame(*original, size, mode))
-    image, shown = upright(open_checked(data, options.max_pixels)), WHOLE
+    image, shown = upright(image), WHOLE
     if resize:
         shown = frame(*image.size, size, mode)
         image = resize_to(image, size, mode, options.resize_only_if_bigger)
     return Prepared(digest, encode(image, target, options.encode_quality), target, original, image.size, shown)
 
 
-def _decode(data: bytes, image: Image.Image, size: tuple[int, int]) -> Image.Image | None:
-    """The picture at a half, a quarter or an eighth if that covers `size` (width, height); None leaves it to Pillow.
-
-    It is good until the thread decodes the next one; the fourth channel of a coloured one is padding.
+def _convert_jpeg(data: bytes, digest: str, options: WriteOptions) -> Prepared | None:
+    """`_convert` for upright JPEGs, without Pillow and its hold on the GIL; None for any that needs Pillow.
 
     Damage is left to Pillow as well: it says what is wrong, and reads what is merely untidy.
     """
-    layout, colours = PLAIN[image.mode]
-    shrink = halvings(image.size, size)
-    width, height = -(-image.width // shrink), -(-image.height // shrink)
-    room = _room(width * height * len(layout))
     try:
-        pixels = simplejpeg.decode_jpeg(data, colours, min_width=width, min_height=height, buffer=room)
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    return Image.frombuffer(layout, pixels.shape[1::-1], pixels, "raw", layout, 0, 1)
+    original, target = (width, height), options.encode_format or "jpg"
+    check_size(*original, options.max_pixels)
+    if colours not in PLAIN or (has_exif(data) and is_rotated(open_header(data, options.max_pixels))):
+        return None
+    size, mode = options.image_size or 0, options.resize_mode
+    if not needs_resize(*original, size, mode, options.resize_only_if_bigger):
+        # One eighth of the size is enough to prove a JPEG whole: every coefficient is still read.
+        whole = target == "jpg" and _decode(data, original, colours, (1, 1)) is not None
+        return Prepared(digest, data, "jpg", original, original) if whole else None
+    scaled = scaled_size(*original, size, mode)
+    if scaled >= original or (decoded := _decode(data, original, colours, scaled, coarse=target == "jpg")) is None:
+        return None
+    small = shrink(decoded, size, mode, original)
+    content = encode_pixels(small, target, options.encode_quality)
+    return Prepared(digest, content, target, original, small.shape[1::-1], frame(*original, size, mode))
+
+
+def _decode(
+    data: bytes, full: tuple[int, int], colours: str, size: tuple[int, int], coarse: bool = False
+) -> Pixels | None:
+    """The picture at a half, a quarter or an eighth if that covers `size` (width, height); None where it is damaged.
+
+    It is good until the thread decodes the next one. `coarse` repeats subsampled colours instead of smoothing them:
+    faster, and once they are subsampled again closer to the original.
+    """
+    by = halvings(full, size)
+    width, height = -(-full[0] // by), -(-full[1] // by)
+    room = _room(width * height * (1 if colours == "Gray" else 4))
+    try:
+        pixels: Pixels = simplejpeg.decode_jpeg(
+            data, PLAIN[colours], fastupsample=coarse, min_width=width, min_height=height, buffer=room
+        )
+    except ValueError:
+        return None
+    return pixels
 
 
 def _room(size: int) -> bytearray:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.errors import ConfigError
 from data_pipelines.pictures import Prepared, WriteOptions, prepare
 from data_pipelines.records import Record
 from data_pipelines.resize import ResizeMode, encode, resize_to
@@ -59,3 +60,16 @@ def test_a_cut_jpeg_is_never_a_sample(options: dict[str, object]) -> None:
     for length in np.linspace(2, len(data) - 3, 40).astype(int).tolist():
         assert run(data[:length], **options).reason in ("truncated_image", "corrupt_image", "not_an_image"), length
     assert run(data, **options).reason == ""
+
+
+@pytest.mark.parametrize(("format", "side"), [("jpg", 65_501), ("webp", 16_384)])
+def test_a_side_longer_than_the_format_holds_is_a_counted_failure(format: str, side: int) -> None:
+    long = draw((side, 1), format="PNG")
+    assert run(long, encode_format=format).reason == "side_too_long"
+    assert run(draw((side - 1, 1), format="PNG"), encode_format=format).reason == ""
+    assert run(long).reason == ""
+
+
+def test_quality_zero_is_refused_for_jpg() -> None:
+    with pytest.raises(ConfigError, match="jpg takes 1 to 100"):
+        WriteOptions(encode_format="jpg", encode_quality=0)
