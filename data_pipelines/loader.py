@@ -2,6 +2,7 @@
 
 import hashlib
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -397,4 +398,5 @@ def _ahead(produce: Callable[[], Iterator[Batch]], depth: int) -> Iterator[Batch
             yield item
     finally:
         stop.set()
-        thread.join()
+        if not sys.is_finalizing():  # by then the thread is frozen, and would be waited for forever
+            thread.join()

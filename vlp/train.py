@@ -5,8 +5,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -302,9 +302,8 @@ def _open_log(run: Run, runlog: RunLog) -> None:
 def _loop(run: Run, runlog: RunLog, received: Callable[[], int], show: bool) -> None:
     every = run.recipe.run
     set_training(run.model)
-    with training_bar(show) as bar:
+    with training_bar(show) as bar, closing(_batches(run)) as batches:
         task = bar.add_task("training", total=run.total, completed=run.step, note="")
-        batches: Iterator[Batch] = iter(run.loader) if run.step < run.total else iter(())
         begun = time.perf_counter()
         for batch in batches:
             values = train_step(run, batch)
@@ -323,6 +322,11 @@ def _loop(run: Run, runlog: RunLog, received: Callable[[], int], show: bool) -> 
             if last:
                 break
             begun = time.perf_counter()
+
+
+def _batches(run: Run) -> Generator[Batch]:
+    if run.step < run.total:
+        yield from run.loader
 
 
 def _note(run: Run, runlog: RunLog, values: dict[str, float]) -> None:
