@@ -1,9 +1,6 @@
 """make_loader(cfg): an endless iterator of training batches whose position is one integer."""
 
 import hashlib
-import queue
-import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +28,7 @@ from data_pipelines.plan import Plan, rank_slice
 from data_pipelines.preprocess import ImageConfig
 from data_pipelines.remote import SHARD_FETCH, DiskCache
 from data_pipelines.shard_set import ShardSet, Train
-from data_pipelines.stream import Decoded, decode
+from data_pipelines.stream import Decoded, decode, run_ahead
 from data_pipelines.texts import draw_texts
 from data_pipelines.tokens import Tokenizer
 
@@ -211,7 +208,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         with ThreadPoolExecutor(self.config.threads) as pool, ThreadPoolExecutor(FETCHERS) as fetchers:
             steps = self._announced(count(self.step), fetchers)
-            for batch in _ahead(lambda: (self.make_batch(step, pool) for step in steps), self.config.prefetch):
+            for batch in run_ahead(lambda: (self.make_batch(step, pool) for step in steps), self.config.prefetch):
                 self.settle(self.step)
                 self.step += 1
                 yield batch
@@ -364,39 +361,3 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}".removeprefix("settings.")] = value
     return flat
-
-
-def _ahead(produce: Callable[[], Iterator[Batch]], depth: int) -> Iterator[Batch]:
-    """Run a producer in a thread, `depth` items ahead; its errors surface here, and it ends when the consumer does."""
-    items: queue.Queue[Batch | BaseException] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def offer(item: Batch | BaseException) -> None:
-        while not stop.is_set():
-            try:
-                items.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in produce():
-                offer(item)
-                if stop.is_set():
-                    return
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
-            offer(error)
-
-    thread = threading.Thread(target=work, name="vlp-loader", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item = items.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        if not sys.is_finalizing():  # by then the thread is frozen, and would be waited for forever
-            thread.join()
