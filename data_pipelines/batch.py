@@ -62,6 +62,12 @@ class Batch:
         """The same batch in page-locked memory; needs a GPU runtime."""
         return self._map(lambda tensor: tensor.pin_memory())
 
+    def split(self, parts: int) -> list["Batch"]:
+        """The same samples in up to `parts` batches of equal size, the last one perhaps smaller."""
+        size = -(-len(self.keys) // parts)
+        rows = [slice(first, first + size) for first in range(0, len(self.keys), size)]
+        return [replace(self._map(lambda tensor, at=at: tensor[at]), keys=self.keys[at]) for at in rows]  # type: ignore[misc]
+
     def require(self, field: str, by: str) -> Tensor:
         """The named tensor, or MissingField saying who needs it."""
         value = getattr(self, field)

@@ -52,13 +52,13 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set on at least one rank; all ranks must ask."""
+def any_rank(flags: tuple[bool, ...], device: torch.device) -> list[bool]:
+    """For each flag, whether it is set on at least one rank; all ranks must ask."""
     if world_size() == 1:
-        return flag
-    answer = torch.tensor(int(flag), device=device)
+        return list(flags)
+    answer = torch.tensor([int(flag) for flag in flags], device=device)
     dist.all_reduce(answer, dist.ReduceOp.MAX)
-    return bool(answer)
+    return [bool(flag) for flag in answer.tolist()]
 
 
 def from_all_ranks(value: T) -> list[T]:

@@ -1,43 +1,127 @@
-"""Optimiser, learning-rate schedule, and the running average of weights (EMA)."""
+"""Optimiser, learning-rate schedule, layer-wise rates, and the running average of weights (EMA)."""
 
 import math
+import re
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data_pipelines.config import StrictModel
+from data_pipelines.errors import ConfigError
+from vlp.torchvision_guard import ensure_torchvision
+
+BLOCKS = re.compile(r"\b(?:resblocks|blocks|layers?|stages|layer(?=\d))\.?(\d+)")
+"""Numbered parts of a tower in the names of open_clip, timm and Hugging Face, outermost first."""
+BELOW = (
+    "conv1",
+    "bn1",
+    "stem",
+    "patch_embed",
+    "embedding",
+    "pos_embed",
+    "cls_token",
+    "reg_token",
+    "ln_pre",
+    "norm_pre",
+)
+"""Names of what lies below the first block."""
 
 
 class OptimConfig(StrictModel):
     """How weights are updated."""
 
-    lr: float = 1e-3
+    name: str = "adamw"
+    """`adamw` is torch's, fused; any other name is one of timm's optimisers, such as lion, lamb, adopt, muon, sgd."""
+    options: dict[str, Any] = {}
+    """Further arguments of that optimiser."""
+    lr: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.1
     """On matrices and convolutions; never on biases, norms, scales and embedding tables."""
-    warmup: int = 50
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Each block of a tower learns at this multiple of the rate of the block above it; 1 = all alike."""
+    warmup: int = Field(50, ge=0)
     """Steps of linear warm-up."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    final_lr: float = 0.0
-    """Share of `lr` left at the end of the cosine."""
-    grad_clip: float | None = 1.0
+    schedule: Literal["cosine", "constant", "wsd", "rsqrt"] = "cosine"
+    """After the warm-up. wsd: constant, then down in a line. rsqrt: with the root of the steps, then down in a line."""
+    cooldown: float = Field(0.2, ge=0, le=1)
+    """wsd and rsqrt: share of the run in which the rate goes down in a line."""
+    final_lr: float = Field(0.0, ge=0, le=1)
+    """Share of `lr` (rsqrt: of the rate before the cooldown) left at the end; not for `constant`."""
+    grad_clip: float | None = Field(1.0, gt=0)
     """Largest gradient norm; None switches clipping off."""
-    ema: float = 0.0
+    accumulate: int = Field(1, ge=1)
+    """Parts in which a batch goes through the towers; the loss is that of the whole batch, exactly."""
+    ema: float = Field(0.0, ge=0, lt=1)
     """Decay of the weight average that is evaluated and exported; 0 switches it off."""
-    max_logit_scale: float = 100.0
+    max_logit_scale: float = Field(100.0, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "OptimConfig":
+        without = {"cosine": ("cooldown",), "constant": ("cooldown", "final_lr")}.get(self.schedule, ())
+        for key in without:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ConfigError(f"optim.{key}={getattr(self, key)} has no effect with optim.schedule={self.schedule}")
+        return self
 
 
 def build_optimizer(model: nn.Module, objective: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW over everything trainable of model and objective; decay on matrices and convolutions only."""
-    named = [(n, p) for module in (model, objective) for n, p in module.named_parameters() if p.requires_grad]
-    decays = [p.ndim >= 2 and "embedding" not in name for name, p in named]
-    groups = [
-        {"params": [p for (_, p), yes in zip(named, decays, strict=True) if yes], "weight_decay": config.weight_decay},
-        {"params": [p for (_, p), yes in zip(named, decays, strict=True) if not yes], "weight_decay": 0.0},
+    """The optimiser over all parameters of model and objective; those that are frozen have no gradient and stay.
+
+    Groups carry `lr_scale`, their multiple of the learning rate. Raises ConfigError for an unknown name or option.
+    """
+    groups = parameter_groups(model, objective, config)
+    settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps, **config.options}
+    try:
+        if config.name == "adamw":
+            return torch.optim.AdamW(groups, **({"fused": True} | settings))
+        ensure_torchvision()
+        from timm import optim
+
+        if config.name not in optim.list_optimizers():  # type: ignore[attr-defined]
+            known = ", ".join(optim.list_optimizers())  # type: ignore[attr-defined]
+            raise ConfigError(f"optim.name: {config.name!r} is unknown; known: adamw, {known}")
+        made: torch.optim.Optimizer = optim.create_optimizer_v2(groups, opt=config.name, **settings)  # type: ignore[attr-defined]
+        return made
+    except (TypeError, ImportError, AssertionError) as error:
+        raise ConfigError(f"optim.name={config.name}, optim.options={config.options}: {error}") from error
+
+
+def parameter_groups(model: nn.Module, objective: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Parameters by weight decay and rate."""
+    scales = layer_scales((name for name, _ in model.named_parameters()), config.layer_decay)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for module in (model, objective):
+        for name, parameter in module.named_parameters():
+            decay = config.weight_decay if parameter.ndim >= 2 and "embedding" not in name else 0.0
+            scale = scales[name] if module is model else 1.0
+            groups.setdefault((decay, scale), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:
+    """Parameter name -> its multiple of the rate: `decay` to the number of blocks above it in its own tower.
+
+    Projections, final norms and the logit scale count as the top, embeddings and stems as one below the first block.
+    """
+    names = list(names)
+    places = {name: tuple(map(int, BLOCKS.findall(name))) for name in names}
+    scales = {}
+    for image in (True, False):
+        tower = [name for name in names if name.startswith("visual.") == image]
+        blocks = sorted({places[name] for name in tower if places[name]})
+        for name in tower:
+            below = not places[name] and any(word in name for word in BELOW)
+            depth = len(blocks) + 1 if below else len(blocks) - blocks.index(places[name]) if places[name] else 0
+            scales[name] = decay**depth
+    return scales
 
 
 def learning_rate(step: int, total: int, config: OptimConfig) -> float:
@@ -47,8 +131,21 @@ def learning_rate(step: int, total: int, config: OptimConfig) -> float:
     if config.schedule == "constant":
         return config.lr
     progress = min(1.0, (step - config.warmup) / max(1, total - config.warmup))
-    floor = config.lr * config.final_lr
-    return floor + 0.5 * (config.lr - floor) * (1 + math.cos(math.pi * progress))
+    if config.schedule == "cosine":
+        floor = config.lr * config.final_lr
+        return floor + 0.5 * (config.lr - floor) * (1 + math.cos(math.pi * progress))
+    rate = config.lr
+    if config.schedule == "rsqrt":
+        span = max(1, config.warmup)
+        rate *= math.sqrt(span / (span + step - config.warmup))
+    left = (total - step) / max(1.0, config.cooldown * total)
+    return rate if left >= 1 else rate * (config.final_lr + (1 - config.final_lr) * max(0.0, left))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of every group, times its own scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
 
 
 class Ema:
@@ -79,14 +176,27 @@ class Ema:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state as named tensors: `<parameter number>.<name>`."""
     state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": value for number, entry in state.items() for name, value in entry.items()}
+    return {
+        f"{number}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for number, entry in state.items()
+        for name, value in entry.items()
+        if value is not None
+    }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave.
+def optimizer_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the groups hold besides parameters; some optimisers count their steps there."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], settings: list[dict[str, Any]]
+) -> None:
+    """Put back what `optimizer_tensors` and `optimizer_settings` gave.
 
     Averages take their parameter's memory layout: the fused update walks raw memory, so a channels-last weight beside a
-    contiguous average would be updated with the wrong numbers, silently.
+    contiguous average would be updated with the wrong numbers, silently. Numbers of the groups come from the
+    checkpoint, options of the recipe from the recipe.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
@@ -94,6 +204,9 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
         number, _, name = key.partition(".")
         like = parameters[int(number)]
         if value.shape == like.shape:
-            value = torch.empty_like(like).copy_(value)
+            value = torch.empty_like(like, dtype=value.dtype).copy_(value)
         state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    for group, saved in zip(groups, settings, strict=True):
+        group |= {key: value for key, value in saved.items() if key == "step"}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

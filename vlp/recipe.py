@@ -48,10 +48,15 @@ class RunConfig(StrictModel):
     steps: int | None = None
     """Length in optimiser steps; give either this or `epochs`."""
     epochs: float | None = None
-    precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
-    """amp_bf16: matrix products in bfloat16 under autocast. fp32: with the fast float32 matmul route."""
+    precision: Literal["fp32", "amp_bf16", "bf16"] = "amp_bf16"
+    """amp_bf16: matrix products in bfloat16 under autocast. bf16: weights too, half the memory, less exact updates.
+    fp32: with the fast float32 matmul route."""
     channels_last: bool = True
     """Memory layout of pictures; faster for convolutions."""
+    activation_checkpointing: bool = False
+    """Compute the towers' activations again in the backward pass instead of keeping them: a third more time."""
+    compile: bool = False
+    """torch.compile both towers: minutes at the start, faster steps on GPUs."""
     device: str = "auto"
     processes: int = Field(1, ge=1)
     """Ranks `vlp train` starts on this machine; below torchrun, torchrun says how many. For CPUs."""
@@ -59,10 +64,28 @@ class RunConfig(StrictModel):
     """Torch threads per rank; default all cores, shared out. Bit-equal results need an equal number."""
     sizes: dict[float, int] = {}
     """Progressive resizing: share of the run -> side of the training pictures until then; afterwards full size."""
-    log_every: int = 10
-    save_every: int = 200
-    """Steps between checkpoints; 0 = only at the end and when interrupted."""
-    keep: int = 2
+    log_every: int = Field(10, ge=1)
+    save_every: int = Field(200, ge=0)
+    """Steps between checkpoints; 0 = none by steps. One is always written at the end and when interrupted."""
+    save_minutes: float = Field(0.0, ge=0)
+    """Minutes of training between checkpoints; 0 = none by time."""
+    save_epochs: float = Field(0.0, ge=0)
+    """Epochs between checkpoints; 0 = none by epochs."""
+    keep: int = Field(2, ge=2)
+    """Newest checkpoints that stay."""
+    keep_best: str | None = None
+    """Metric of an evaluation, such as `val/image_to_text/R@1`: the checkpoint of its highest value stays as well."""
+    spike: float | None = Field(5.0, gt=1)
+    """A step whose loss is over so many times the mean of the last ones is refused like one that is not finite."""
+    max_bad_steps: int = Field(3, ge=1)
+    """Refused steps in a row after which the run goes back or stops."""
+    on_bad_steps: Literal["rollback", "stop"] = "rollback"
+    """rollback: to the weights of the last checkpoint, on with the data that follows the refused steps."""
+
+    def save_steps(self, epoch: int) -> tuple[int, ...]:
+        """Every how many steps a checkpoint is due, for epochs of so many steps; by steps, by epochs or both."""
+        found = (self.save_every, max(1, round(self.save_epochs * epoch)) if self.save_epochs else 0)
+        return tuple(steps for steps in found if steps)
 
 
 class Recipe(StrictModel):

@@ -65,17 +65,18 @@ class RunLog:
     """Appends JSON lines to a run folder."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Replace `name` by one JSON object."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / name).write_text(
             json.dumps(content, indent=2, ensure_ascii=False, default=str), encoding="utf-8"
         )
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Add one line to a JSON-lines file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / name).open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(row, ensure_ascii=False) + "\n")
 

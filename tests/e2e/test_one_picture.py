@@ -22,7 +22,8 @@ from vlp.bundle import load_bundle, save_bundle
 from vlp.evals._encode import encode_shards
 from vlp.infer import encode_images
 from vlp.recipe import validate
-from vlp.train import current_bundle, prepare, train_step
+from vlp.run import current_bundle, prepare
+from vlp.step import train_step
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from vlp.infer import encode_pixels, encode_texts
 from vlp.models import ModelConfig, build_model
 from vlp.models.towers import _image_weights, _in_order
 from vlp.recipe import load_recipe
+from vlp.run import current_bundle, prepare
 from vlp.runlog import RunLog
 from vlp.torchvision_guard import ensure_torchvision
-from vlp.train import current_bundle, prepare, train
+from vlp.train import train
 
 ensure_torchvision()
 import open_clip  # noqa: E402

@@ -17,14 +17,17 @@ from data_pipelines.errors import ConfigError, PipelineError
 from vlp.bundle import load_bundle
 from vlp.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from vlp.recipe import Recipe, dump, validate
+from vlp.run import picture_side, prepare
 from vlp.runlog import RunLog
-from vlp.train import compute_loss, picture_side, prepare, train, train_step
+from vlp.step import compute_loss, train_step
+from vlp.train import train
 
 Make = Callable[..., Recipe]
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in RunLog(folder).rows("metrics.jsonl")]
+    timed = ("seconds", "samples_per_second", "data_wait")
+    return [{k: v for k, v in row.items() if k not in timed} for row in RunLog(folder).rows("metrics.jsonl")]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -120,16 +123,19 @@ def test_resume_with_other_data_is_refused(
 
 
 def test_a_bad_step_changes_no_weight_and_three_in_a_row_stop(micro_recipe: Make, tmp_path: Path) -> None:
-    run = prepare(micro_recipe(), tmp_path)
+    run = prepare(micro_recipe(on_bad_steps="stop"), tmp_path)
     batch = next(iter(run.loader))
     before = {key: value.clone() for key, value in run.model.state_dict().items()}
     run.recipe = validate({**run.recipe.model_dump(), "data": {**run.recipe.data.model_dump(), "image": {
         "size": 16, "resize": "longest", "std": (0.0, 0.0, 0.0)}}})  # fmt: skip  # division by zero: NaN everywhere
     assert all(math.isnan(train_step(run, batch)["loss"]) for _ in range(2))
     assert all(torch.equal(before[key], value) for key, value in run.model.state_dict().items())
-    assert run.bad_steps == 2
+    assert run.guard.in_a_row == 2
     with pytest.raises(PipelineError, match="3 steps in a row"):
         train_step(run, batch)
+    refused = run.log.rows("refused.jsonl")
+    assert [row["step"] for row in refused] == [0, 1, 2]
+    assert refused[0]["keys"] == list(batch.keys)
 
 
 def test_mixed_precision_is_close_to_float32(micro_recipe: Make, tmp_path: Path) -> None:

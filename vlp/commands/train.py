@@ -74,7 +74,7 @@ def train(
 
 
 def _describe(recipe: Any, folder: Path) -> dict[str, Any]:
-    from vlp.train import prepare
+    from vlp.run import prepare
 
     run = prepare(recipe, folder)
     return {

@@ -1,18 +1,31 @@
-"""Less text to compute: in a causal tower the positions behind the longest end token change nothing."""
+"""Less text to compute: in a causal tower the positions behind a text's end token change nothing.
+
+A batch is sorted by length and goes through in groups, each cut behind its longest text. Suffixes: B texts, L tokens.
+"""
 
 from contextlib import nullcontext
+from typing import Any
 
+import torch
 import torch.nn.functional as F
+from open_clip.model import CLIP
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SHORT = 32
-"""Tokens up to which plain attention is used."""
+"""Tokens up to which plain attention is used, and texts are not grouped."""
+GROUP = 4
+"""Fewest texts of a group."""
 
 
-def can_trim(tower: nn.Module | None) -> bool:
-    """Whether trimming is exact: open_clip's text tower, causal, pooled at the highest id, which is the end token."""
+def can_trim(tower: object) -> bool:
+    """Whether trimming is exact: open_clip's text tower, causal, pooled at the highest id, which is the end token.
+
+    `tower` is a text tower, or a plain open_clip CLIP, which is its own.
+    """
+    if isinstance(tower, CLIP):
+        return tower.attn_mask is not None and tower.text_pool_type == "argmax"
     return (
         isinstance(tower, TextTransformer)
         and tower.attn_mask is not None
@@ -21,27 +34,43 @@ def can_trim(tower: nn.Module | None) -> bool:
     )
 
 
-def encode_trimmed(tower: TextTransformer, tokens_BL: Tensor) -> Tensor:
-    """The tower's output for tokens cut behind the batch's last end token; BD, not normalised. Not thread-safe."""
-    length = int(tokens_BL.argmax(dim=1).max()) + 1
-    whole = tower.attn_mask
-    tower.attn_mask = whole[:length, :length]
-    try:
-        # for a dozen tokens the fused kernels cost twice the plain products, forward and backward
-        with sdpa_kernel(SDPBackend.MATH) if length <= SHORT else nullcontext():
-            output: Tensor = tower(tokens_BL[:, :length])
-    finally:
-        tower.attn_mask = whole
-    return output
+def encode_trimmed(tower: Any, tokens_BL: Tensor) -> Tensor:
+    """The tower's output for texts cut behind their group's last end token; BD, not normalised."""
+    ends_B = tokens_BL.argmax(dim=1)
+    lengths, order_B = (ends_B + 1).sort()
+    most = len(order_B) // GROUP if int(lengths[-1]) > SHORT else 1
+    groups = order_B.tensor_split(max(1, most))
+    pooled = [_last_tokens(tower, tokens_BL[rows], ends_B[rows]) for rows in groups]
+    features: Tensor = tower.ln_final(torch.cat(pooled)[order_B.argsort()])
+    projection = tower.text_projection
+    if projection is not None:
+        features = projection(features) if isinstance(projection, nn.Linear) else features @ projection
+    return features
+
+
+def _last_tokens(tower: Any, tokens_BL: Tensor, ends_B: Tensor) -> Tensor:
+    """Outputs of the transformer at the end tokens."""
+    length = int(ends_B.max()) + 1
+    dtype = tower.transformer.get_cast_dtype()
+    inputs = tower.token_embedding(tokens_BL[:, :length]).to(dtype) + tower.positional_embedding[:length].to(dtype)
+    # for a dozen tokens the fused kernels cost twice the plain products, forward and backward
+    with sdpa_kernel(SDPBackend.MATH) if length <= SHORT else nullcontext():
+        outputs: Tensor = tower.transformer(inputs, attn_mask=tower.attn_mask[:length, :length])
+    return outputs[torch.arange(len(ends_B), device=ends_B.device), ends_B]
 
 
 class TrimmedText(nn.Module):
     """A model in training whose text is trimmed where that is exact; has no parameters beyond the model's."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any, compiled: bool = False) -> None:
+        """`compiled`: both towers go through torch.compile."""
         super().__init__()
         self.model = model
-        self.trim = can_trim(getattr(model, "text", None))
+        tower = getattr(model, "text", model)
+        self._image: Any = model.encode_image
+        self._text: Any = (lambda text: encode_trimmed(tower, text)) if can_trim(tower) else model.encode_text
+        if compiled:
+            self._image, self._text = torch.compile(self._image), torch.compile(self._text, dynamic=True)
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -50,13 +79,12 @@ class TrimmedText(nn.Module):
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """BCHW float to BD."""
-        features: Tensor = self.model.encode_image(image, normalize=normalize)  # type: ignore[operator]
-        return features
+        return _maybe_normalise(self._image(image), normalize)
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """BL int64 to BD."""
-        if not self.trim:
-            whole: Tensor = self.model.encode_text(text, normalize=normalize)  # type: ignore[operator]
-            return whole
-        features = encode_trimmed(self.model.get_submodule("text"), text)
-        return F.normalize(features, dim=-1) if normalize else features
+        return _maybe_normalise(self._text(text), normalize)
+
+
+def _maybe_normalise(features: Tensor, normalise_them: bool) -> Tensor:
+    return F.normalize(features, dim=-1) if normalise_them else features

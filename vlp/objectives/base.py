@@ -5,7 +5,7 @@ Suffixes: B samples (of all ranks, once gathered), D embedding width.
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
@@ -48,6 +48,16 @@ class Features:
         """The same features with `move` applied to every tensor."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return replace(self, **{name: move(value) for name, value in values.items() if value is not None})
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order of the fields."""
+        return [value for item in fields(self) if (value := getattr(self, item.name)) is not None]
+
+    @staticmethod
+    def cat(parts: "Sequence[Features]") -> "Features":
+        """Features of several parts of a batch, one after the other."""
+        columns = iter(zip(*(part.tensors() for part in parts), strict=True))
+        return parts[0].map(lambda _: torch.cat(next(columns)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,237 @@
+"""Everything that changes while training: built from a recipe, written to checkpoints, read back from them."""
+
+import copy
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from data_pipelines.errors import ConfigError
+from data_pipelines.ledger import Ledger
+from data_pipelines.loader import Loader, make_loader, open_set
+from data_pipelines.stream import stored
+from data_pipelines.tokens import Tokenizer, TokenizerConfig, clip_tokenizer, learn_tokenizer
+from vlp import __version__, distributed
+from vlp.bundle import VOCABULARY, Bundle, Provenance, pick_device
+from vlp.checkpoint import Saver, load_latest
+from vlp.frozen import FeatureLoader, FrozenHeads, trunks_frozen
+from vlp.guard import Guard
+from vlp.models import build_model, hf_folder, resolve_config, trunk_of
+from vlp.models.text import TrimmedText
+from vlp.objectives import base as objectives
+from vlp.optim import Ema, build_optimizer, load_optimizer, optimizer_settings, optimizer_tensors
+from vlp.recipe import Recipe
+from vlp.runlog import RunLog, now, revision
+
+
+@dataclass(slots=True)
+class Run:
+    """A run under way."""
+
+    recipe: Recipe
+    log: RunLog
+    model: nn.Module
+    model_cfg: dict[str, Any]
+    tokenizer: Tokenizer
+    objective: Any
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    guard: Guard
+    saver: Saver
+    loader: Loader | FeatureLoader
+    encoder: Any
+    """What the objective encodes with: the model with trimmed text, or its heads where both trunks are frozen."""
+    device: torch.device
+    total: int
+    """Steps of the whole run."""
+    step: int = 0
+    """Batches done: updates and refused ones."""
+    seconds: float = 0.0
+    """Training time so far, over all resumes; evaluation left out."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """Step and value of the best evaluation so far, by `run.keep_best`."""
+    account: dict[str, Any] = field(default_factory=dict)
+    """Ledger of all ranks and all resumes, as of the last save."""
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        return self.log.folder
+
+
+def make_tokenizer(recipe: Recipe) -> Tokenizer:
+    """The tokenizer a recipe asks for; `learn` reads all training texts."""
+    choice = recipe.tokenizer
+    if choice.kind == "clip":
+        return clip_tokenizer(choice.context_length)
+    if choice.kind == "learn":
+        samples = stored(open_set(recipe.data), Ledger(recipe.data.max_bad_share))
+        texts = (text for _, sample in samples for text in (*sample.captions, *sample.labels))
+        return learn_tokenizer(texts, choice.vocab_size, choice.context_length)
+    name = resolve_config(recipe.model)["text_cfg"].get("hf_model_name")
+    if name is None:
+        raise ConfigError("tokenizer.kind='hf' needs a Hugging Face text tower (text_cfg.hf_model_name)")
+    vocabulary = (hf_folder(name) / VOCABULARY).read_text(encoding="utf-8")
+    return Tokenizer(vocabulary, TokenizerConfig(context_length=choice.context_length, lower=False))
+
+
+def prepare(recipe: Recipe, folder: Path) -> Run:
+    """Build everything from a recipe, in a fixed order under one seed. Trains nothing yet."""
+    rank, world = distributed.set_up()
+    torch.set_float32_matmul_precision("medium")  # the fast fp32 matmul route on CPUs
+    threads = recipe.run.threads or (os.cpu_count() or 1) // recipe.run.processes
+    if recipe.run.threads or recipe.run.processes > 1:
+        torch.set_num_threads(max(1, threads))
+    torch.manual_seed(recipe.run.seed)
+    device = pick_device(recipe.run.device)
+    tokenizer = make_tokenizer(recipe)
+    choice = recipe.tokenizer
+    model, model_cfg = build_model(recipe.model, recipe.data.image.size, choice.context_length, tokenizer.vocab_size)
+    scale = float(model.logit_scale.detach())  # type: ignore[operator]
+    model = _place(model, recipe, device)
+    module, options = objectives.load(recipe.objective)
+    objective = module.build(options, objectives.Dims(int(model_cfg["embed_dim"]), scale)).to(device)
+    loader = make_loader(recipe.data, tokenizer, recipe.run.seed, rank, world)
+    frozen = trunks_frozen(model)
+    total = recipe.run.steps or max(1, round((recipe.run.epochs or 0) * loader.plan.steps))
+    loader.side_at = lambda step: picture_side(recipe, step / total)
+    return Run(
+        recipe=recipe,
+        log=RunLog(folder),
+        model=model,
+        model_cfg=model_cfg,
+        tokenizer=tokenizer,
+        objective=objective,
+        optimizer=build_optimizer(model, objective, recipe.optim),
+        ema=Ema(model, recipe.optim.ema) if recipe.optim.ema else None,
+        guard=Guard(recipe.run.spike),
+        saver=Saver(folder / "checkpoints", recipe.run.keep),
+        loader=FeatureLoader(loader, model, device) if frozen else loader,
+        encoder=FrozenHeads(model) if frozen else TrimmedText(model, compiled=recipe.run.compile),
+        device=device,
+        total=total,
+    )
+
+
+def _place(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
+    """The model on its device in the recipe's precision, memory layout and way of keeping activations."""
+    settings = recipe.run
+    if settings.activation_checkpointing:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    if settings.precision == "bf16":
+        scale = model.logit_scale
+        model.to(torch.bfloat16)
+        scale.data = scale.data.float()  # steps of 1e-3 would round away
+    model.to(device)
+    return model.to(memory_format=torch.channels_last) if settings.channels_last else model  # type: ignore[call-overload]
+
+
+def picture_side(recipe: Recipe, progress: float) -> int:
+    """Side of the training pictures after this share of the run."""
+    due = [share for share in recipe.run.sizes if progress < share]
+    return recipe.run.sizes[min(due)] if due else recipe.data.image.size
+
+
+def save(run: Run, wait: bool = False) -> None:
+    """Checkpoint of the present state and the account of all data so far, by rank 0; every rank must call it.
+
+    It is written while training goes on; `wait` until it lies on disk. Raises PipelineError when three in a row failed.
+    """
+    account = Ledger()
+    for report in distributed.from_all_ranks(run.loader.ledger.report()):
+        account.add(report)
+    run.guard.rollbacks = 0
+    if distributed.rank() > 0:
+        return
+    run.account = account.report()
+    run.log.write("ledger.json", run.account)
+    tensors = {
+        "model": dict(run.model.state_dict()),
+        "optimizer": optimizer_tensors(run.optimizer),
+        "objective": dict(run.objective.state_dict()),
+    }
+    if run.ema is not None:
+        tensors["ema"] = run.ema.shadow
+    state = {
+        "loader": run.loader.state_dict(),
+        "optimizer": optimizer_settings(run.optimizer),
+        "guard": run.guard.state_dict(),
+        "seconds": run.seconds,
+        "ema_updates": run.ema.updates if run.ema else 0,
+        "best": run.best,
+        "ledger": run.account,
+        "vlp": __version__,
+    }
+    run.saver.save(run.step, tensors, state, [run.best["step"]] if run.best else [], wait)
+
+
+def restore(run: Run) -> None:
+    """Continue from the newest whole checkpoint; from the start if there is none."""
+    found = load_latest(run.folder / "checkpoints")
+    if found is None:
+        return
+    _load_weights(run, *found)
+    _, state = found
+    run.loader.load_state_dict(state["loader"])
+    run.guard.load_state_dict(state["guard"])
+    run.best = state["best"]
+    run.account = state["ledger"]
+    if distributed.rank() == 0:
+        run.loader.ledger.add(run.account)
+    run.step, run.seconds = int(state["step"]), float(state["seconds"])
+
+
+def roll_back(run: Run) -> int | None:
+    """Weights, averages and optimiser of the newest whole checkpoint, while the data goes on; its step, or None.
+
+    What the refused batches have in common with the weights stays behind, and none of them comes again.
+    """
+    run.saver.wait()
+    distributed.from_all_ranks(None)  # rank 0 may still have been writing
+    found = load_latest(run.folder / "checkpoints")
+    if found is None:
+        return None
+    _load_weights(run, *found)
+    run.guard.rollbacks += 1
+    run.guard.in_a_row = 0
+    return int(found[1]["step"])
+
+
+def _load_weights(run: Run, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
+    run.model.load_state_dict(tensors["model"])
+    load_optimizer(run.optimizer, tensors["optimizer"], state["optimizer"])
+    run.objective.load_state_dict(tensors.get("objective", {}))
+    if run.ema is not None:
+        run.ema.updates = int(state["ema_updates"])
+        for key, value in tensors["ema"].items():
+            run.ema.shadow[key].copy_(value)
+
+
+def current_bundle(run: Run) -> Bundle:
+    """The averaged weights if there are any, else the present ones, ready for inference."""
+    model = copy.deepcopy(run.model)
+    if run.ema is not None:
+        model.load_state_dict(run.ema.shadow)
+    provenance = Provenance(
+        created=now(),
+        vlp_version=__version__,
+        revision=revision(),
+        recipe=run.recipe.model_dump(mode="json"),
+        data={str(run.recipe.data.train): run.loader.state_dict()["data"]},
+        steps=run.step,
+        samples=run.step * run.recipe.data.batch_size,
+    )
+    model = model.to(memory_format=torch.contiguous_format).float().eval()  # type: ignore[call-overload]
+    return Bundle(run.folder.name, model, run.model_cfg, run.recipe.data.image, run.tokenizer, provenance)
+
+
+def set_training(model: nn.Module) -> None:
+    """Training mode, but frozen trunks keep theirs: their batch-norm statistics must not drift."""
+    model.train()
+    for tower in (getattr(model, "visual", None), getattr(model, "text", None)):
+        trunk = trunk_of(tower) if tower is not None else None
+        if trunk is not None and not any(p.requires_grad for p in trunk.parameters()):
+            trunk.eval()

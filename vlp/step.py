@@ -1,0 +1,129 @@
+"""One update: batch -> towers -> objective -> gradients -> optimiser, exact however the batch is cut into parts."""
+
+import logging
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipelines.batch import Batch
+from data_pipelines.errors import PipelineError
+from data_pipelines.preprocess import normalise
+from vlp import distributed
+from vlp.objectives.base import Features, LossOutput
+from vlp.optim import learning_rate, set_rate
+from vlp.run import Run
+
+log = logging.getLogger(__name__)
+
+
+def train_step(run: Run, batch: Batch) -> dict[str, float]:
+    """One update. A step whose loss or gradient is not finite, or whose loss leaps up, changes no weight.
+
+    Raises PipelineError when too many steps in a row were refused and the recipe says to stop.
+    """
+    optim = run.recipe.optim
+    run.optimizer.zero_grad(set_to_none=True)
+    output = backward(run, batch.to(run.device))
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    distributed.average_gradients(parameters)
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, optim.grad_clip or float("inf")))
+    loss = float(output.loss.detach())
+    reason = run.guard.check(loss, norm)
+    rate = learning_rate(run.step, run.total, optim)
+    if reason:
+        _refuse(run, batch, reason, loss)
+    else:
+        set_rate(run.optimizer, rate)
+        run.optimizer.step()
+        _clamp_scale(run)
+        if run.ema is not None:
+            run.ema.update(run.model)
+    run.step += 1
+    parts = {name: float(value) for name, value in output.parts.items()}
+    scale = math.exp(float(run.model.logit_scale.detach()))  # type: ignore[operator]
+    counts = {"refused_steps": run.guard.refused} if run.guard.refused else {}
+    return {"loss": loss, **parts, "lr": rate, "grad_norm": norm, "logit_scale": scale, **counts}
+
+
+def backward(run: Run, batch: Batch) -> LossOutput:
+    """Gradients of the whole batch's loss in every parameter; the loss.
+
+    With `optim.accumulate`, the features of all parts are computed first without their graphs, the loss and its
+    gradient in the features on all of them, and then part by part the towers' gradients (GradCache, Gao et al. 2021,
+    arXiv 2101.06983): the memory of one part, the result of the whole. Batch norms see one part at a time.
+    """
+    parts = batch.split(run.recipe.optim.accumulate)
+    if len(parts) == 1:
+        output = compute_loss(run, batch)
+        output.loss.backward()
+        return output
+    with torch.no_grad():
+        features = [encode(run, part, number) for number, part in enumerate(parts)]
+    leaves = Features.cat(features).map(_leaf)
+    output = loss_of(run, leaves)
+    output.loss.backward()
+    first = 0
+    for number, part in enumerate(parts):
+        rows = slice(first, first + len(part.keys))
+        first = rows.stop
+        pairs = zip(encode(run, part, number).tensors(), leaves.tensors(), strict=True)
+        wanted = [(own, leaf.grad[rows]) for own, leaf in pairs if own.requires_grad and leaf.grad is not None]
+        torch.autograd.backward([own for own, _ in wanted], [gradient for _, gradient in wanted])
+    return output
+
+
+def _leaf(features: Tensor) -> Tensor:
+    return features.detach().requires_grad_(features.is_floating_point())
+
+
+def compute_loss(run: Run, batch: Batch) -> LossOutput:
+    """Both towers and the loss over all ranks' features in float32."""
+    return loss_of(run, encode(run, batch))
+
+
+def encode(run: Run, batch: Batch, part: int = 0) -> Features:
+    """What the objective needs of a batch or its `part`; drop-outs depend on seed, step, rank and part alone."""
+    seed = np.random.SeedSequence([run.recipe.run.seed, run.step, distributed.rank(), part])
+    torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    precision = run.recipe.run.precision
+    if batch.image_features is not None:
+        pixels = batch.image_features
+    else:
+        pixels = normalise(batch.pixels, run.recipe.data.image)
+        if run.recipe.run.channels_last:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+    if precision == "bf16":
+        pixels = pixels.bfloat16()
+    with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=precision == "amp_bf16"):
+        features: Features = run.objective.encode(run.encoder, pixels, batch)
+    return features
+
+
+def loss_of(run: Run, features: Features) -> LossOutput:
+    """The loss over the features of all ranks."""
+    scale: Tensor = run.model.logit_scale.float().exp()  # type: ignore[operator]
+    output: LossOutput = run.objective(distributed.gather_features(features), scale)
+    return output
+
+
+@torch.no_grad()
+def _clamp_scale(run: Run) -> None:
+    run.model.logit_scale.clamp_(0.0, math.log(run.recipe.optim.max_logit_scale))  # type: ignore[operator]
+
+
+def _refuse(run: Run, batch: Batch, reason: str, loss: float) -> None:
+    """Leave the weights as they are, and write down which samples it was."""
+    keys = [key for part in distributed.from_all_ranks(batch.keys) for key in part]
+    row: dict[str, Any] = {"step": run.step, "reason": reason, "loss": str(loss), "keys": keys}
+    if distributed.rank() == 0:
+        run.log.append("refused.jsonl", row)
+    log.warning("step %d refused: %s (loss %g); weights unchanged, keys in refused.jsonl", run.step, reason, loss)
+    limit = run.recipe.run.max_bad_steps
+    if run.guard.in_a_row >= limit and run.recipe.run.on_bad_steps == "stop":
+        raise PipelineError(
+            f"{limit} steps in a row refused up to step {run.step} ({reason}), keys in {run.log.folder}/refused.jsonl: "
+            "lower optim.lr, use run.precision=fp32, or let it go back by run.on_bad_steps=rollback"
+        )
