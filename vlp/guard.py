@@ -22,7 +22,8 @@ class Guard:
         """Refused steps in all."""
         self.in_a_row = 0
         self.rollbacks = 0
-        """Times the run went back, since a checkpoint was last written."""
+        """Times the run went back, since so many steps in a row were good as the window holds."""
+        self._good = 0
         self._recent: deque[float] = deque(maxlen=WINDOW)
 
     def check(self, loss: float, norm: float) -> str:
@@ -31,9 +32,13 @@ class Guard:
         if reason:
             self.refused += 1
             self.in_a_row += 1
+            self._good = 0
         else:
             self.in_a_row = 0
             self._recent.append(loss)
+            self._good += 1
+            if self._good >= WINDOW:
+                self.rollbacks = 0
         return reason
 
     def _reason(self, loss: float, norm: float) -> str:

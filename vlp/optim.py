@@ -83,7 +83,7 @@ def build_optimizer(model: nn.Module, objective: nn.Module, config: OptimConfig)
         from timm import optim
 
         if config.name not in optim.list_optimizers():  # type: ignore[attr-defined]
-            known = ", ".join(optim.list_optimizers())  # type: ignore[attr-defined]
+            known = ", ".join(map(str, optim.list_optimizers()))  # type: ignore[attr-defined]
             raise ConfigError(f"optim.name: {config.name!r} is unknown; known: adamw, {known}")
         made: torch.optim.Optimizer = optim.create_optimizer_v2(groups, opt=config.name, **settings)  # type: ignore[attr-defined]
         return made
@@ -203,9 +203,8 @@ def load_optimizer(
     for key, value in tensors.items():
         number, _, name = key.partition(".")
         like = parameters[int(number)]
-        if value.shape == like.shape:
-            value = torch.empty_like(like, dtype=value.dtype).copy_(value)
-        state.setdefault(int(number), {})[name] = value
+        own = torch.empty_like(like if value.shape == like.shape else value, dtype=value.dtype)
+        state.setdefault(int(number), {})[name] = own.copy_(value)
     groups = optimizer.state_dict()["param_groups"]
     for group, saved in zip(groups, settings, strict=True):
         group |= {key: value for key, value in saved.items() if key == "step"}

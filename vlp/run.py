@@ -143,7 +143,6 @@ def save(run: Run, wait: bool = False) -> None:
     account = Ledger()
     for report in distributed.from_all_ranks(run.loader.ledger.report()):
         account.add(report)
-    run.guard.rollbacks = 0
     if distributed.rank() > 0:
         return
     run.account = account.report()

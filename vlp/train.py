@@ -23,7 +23,7 @@ from vlp.step import train_step
 log = logging.getLogger(__name__)
 
 MAX_ROLLBACKS = 3
-"""Times a run may go back without a checkpoint in between."""
+"""Times a run may go back before it has to get on well."""
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C, what schedulers send, and what they send some time before that if asked to."""
 

@@ -11,7 +11,7 @@ import click
 from data_pipelines.console import Group, command, emit, json_option
 from data_pipelines.errors import ConfigError
 
-EXIT_INTERRUPTED = {2: 130, 15: 143}
+EXIT_INTERRUPTED = {2: 130, 10: 138, 15: 143}
 """Signal -> exit code; a scheduler tells a preempted run from a failed one by it."""
 
 

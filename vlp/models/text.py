@@ -53,8 +53,10 @@ def _last_tokens(tower: Any, tokens_BL: Tensor, ends_B: Tensor) -> Tensor:
     length = int(ends_B.max()) + 1
     dtype = tower.transformer.get_cast_dtype()
     inputs = tower.token_embedding(tokens_BL[:, :length]).to(dtype) + tower.positional_embedding[:length].to(dtype)
-    # for a dozen tokens the fused kernels cost twice the plain products, forward and backward
-    with sdpa_kernel(SDPBackend.MATH) if length <= SHORT else nullcontext():
+    # For a dozen tokens the fused kernels cost twice the plain products, forward and backward. Activations that are
+    # computed again are so outside of this context, and must come from the same kernel.
+    plain = length <= SHORT and not tower.transformer.grad_checkpointing
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
         outputs: Tensor = tower.transformer(inputs, attn_mask=tower.attn_mask[:length, :length])
     return outputs[torch.arange(len(ends_B), device=ends_B.device), ends_B]
 
@@ -75,7 +77,8 @@ class TrimmedText(nn.Module):
     @property
     def logit_scale(self) -> nn.Parameter:
         """The model's."""
-        return self.model.get_parameter("logit_scale")
+        scale: nn.Parameter = self.model.logit_scale
+        return scale
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """BCHW float to BD."""

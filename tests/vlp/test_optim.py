@@ -1,0 +1,122 @@
+"""Schedules, parameter groups and optimisers."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from data_pipelines.errors import ConfigError
+from vlp.models import instantiate
+from vlp.optim import (
+    OptimConfig,
+    build_optimizer,
+    layer_scales,
+    learning_rate,
+    load_optimizer,
+    optimizer_settings,
+    optimizer_tensors,
+    set_rate,
+)
+from vlp.testing import MICRO
+
+
+def rates(total: int, **options: object) -> list[float]:
+    config = OptimConfig.model_validate({"lr": 1.0, **options})
+    return [learning_rate(step, total, config) for step in range(total)]
+
+
+def test_schedules_by_hand() -> None:
+    """Warm-up of two steps: a half, the whole. Then, over eight steps or with the root of the steps."""
+    cosine = rates(10, warmup=2, schedule="cosine")
+    assert cosine[:3] == [0.5, 1.0, 1.0]
+    assert cosine[6] == pytest.approx(0.5), "half of the eight steps after the warm-up: (1 + cos(pi / 2)) / 2"
+    assert rates(10, warmup=2, schedule="constant")[1:] == [1.0] * 9
+    wsd = rates(10, warmup=2, schedule="wsd", cooldown=0.4, final_lr=0.2)
+    assert wsd[2:7] == [1.0] * 5
+    assert wsd[7:] == pytest.approx([0.2 + 0.8 * 0.75, 0.2 + 0.8 * 0.5, 0.2 + 0.8 * 0.25])
+    rsqrt = rates(100, warmup=4, schedule="rsqrt", cooldown=0.0)
+    assert rsqrt[16] == pytest.approx(0.5), "sqrt(4 / (4 + 12))"
+
+
+@pytest.mark.parametrize(
+    "options", [{"schedule": "constant", "final_lr": 0.1}, {"schedule": "cosine", "cooldown": 0.5}]
+)
+def test_an_option_without_effect_is_an_error(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="no effect with optim.schedule"):
+        OptimConfig.model_validate(options)
+
+
+def test_layers_learn_slower_the_lower_they_lie() -> None:
+    """Two blocks above the embeddings in one tower, one in the other: the exponents are counted by hand."""
+    names = [
+        "visual.conv1.weight", "visual.transformer.resblocks.0.mlp.c_fc.weight",
+        "visual.transformer.resblocks.1.mlp.c_fc.weight", "visual.ln_post.weight", "visual.proj",
+        "token_embedding.weight", "positional_embedding", "transformer.resblocks.0.attn.in_proj_weight",
+        "ln_final.weight", "text_projection", "logit_scale",
+    ]  # fmt: skip
+    exponents = [3, 2, 1, 0, 0, 2, 2, 1, 0, 0, 0]
+    assert layer_scales(names, 0.5) == {name: 0.5**n for name, n in zip(names, exponents, strict=True)}
+
+
+def test_timm_and_hugging_face_names_are_known() -> None:
+    names = [
+        "visual.trunk.stem.conv.weight", "visual.trunk.stages.0.blocks.0.w", "visual.trunk.stages.0.blocks.1.w",
+        "visual.trunk.stages.1.blocks.0.w", "text.transformer.embeddings.word_embeddings.weight",
+        "text.transformer.encoder.layer.0.w", "text.transformer.encoder.layer.1.w", "text.proj.weight",
+    ]  # fmt: skip
+    exponents = [4, 3, 2, 1, 3, 2, 1, 0]
+    assert layer_scales(names, 0.5) == {name: 0.5**n for name, n in zip(names, exponents, strict=True)}
+
+
+def test_rates_and_decay_reach_the_right_parameters() -> None:
+    model = instantiate(MICRO)
+    config = OptimConfig(layer_decay=0.5, weight_decay=0.3)
+    optimizer = build_optimizer(model, nn.Identity(), config)
+    set_rate(optimizer, 1e-2)
+    by_name = {id(p): name for name, p in model.named_parameters()}
+    found = {by_name[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+    assert len(found) == len(list(model.parameters()))
+    assert found["visual.conv1.weight"]["lr"] == 1e-2 * 0.25
+    assert found["visual.transformer.resblocks.0.ln_1.weight"]["lr"] == 1e-2 * 0.5
+    assert found["logit_scale"]["lr"] == 1e-2
+    assert found["visual.conv1.weight"]["weight_decay"] == 0.3
+    assert {found[name]["weight_decay"] for name in ("token_embedding.weight", "ln_final.weight", "logit_scale")} == {0}
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "lamb", "adopt", "muon", "sgd", "adafactorbv", "nadamw"])
+def test_optimisers_resume_bit_for_bit(name: str) -> None:
+    """Two steps, state handed over, two more: as four steps without a break."""
+    torch.manual_seed(0)
+    model = instantiate(MICRO)
+    config = OptimConfig(name=name, lr=1e-3)
+    gradients = [[torch.randn_like(p) for p in model.parameters()] for _ in range(4)]
+
+    def step(optimizer: torch.optim.Optimizer, model: nn.Module, number: int) -> None:
+        for parameter, gradient in zip(model.parameters(), gradients[number], strict=True):
+            parameter.grad = gradient.clone()
+        set_rate(optimizer, 1e-3 / (number + 1))
+        optimizer.step()
+
+    first = build_optimizer(model, nn.Identity(), config)
+    before = copy.deepcopy(model.state_dict())
+    for number in (0, 1):
+        step(first, model, number)
+    assert any(not torch.equal(before[key], value) for key, value in model.state_dict().items())
+    other = instantiate(MICRO)
+    other.load_state_dict(copy.deepcopy(model.state_dict()))
+    second = build_optimizer(other, nn.Identity(), config)
+    load_optimizer(second, optimizer_tensors(first), optimizer_settings(first))
+    for number in (2, 3):
+        step(first, model, number)
+        step(second, other, number)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+
+
+def test_unknown_names_and_options_are_named() -> None:
+    model = instantiate(MICRO)
+    with pytest.raises(ConfigError, match=r"optim\.name: 'adamq' is unknown; known: adamw, .*lion"):
+        build_optimizer(model, nn.Identity(), OptimConfig(name="adamq"))
+    with pytest.raises(ConfigError, match=r"optim\.options=.*nonsense"):
+        build_optimizer(model, nn.Identity(), OptimConfig(options={"nonsense": 1}))
