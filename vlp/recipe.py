@@ -105,6 +105,10 @@ class Recipe(StrictModel):
         if (self.run.steps is None) == (self.run.epochs is None):
             raise ConfigError(f"run.steps={self.run.steps}, run.epochs={self.run.epochs}: give exactly one of them")
         objectives.load(self.objective)
+        best = self.run.keep_best
+        if best is not None and best.partition("/")[0] not in [item.name for item in self.evals]:
+            names = ", ".join(item.name for item in self.evals) or "none"
+            raise ConfigError(f"run.keep_best={best!r} must begin with the name of an evaluation; there are: {names}")
         return self
 
 

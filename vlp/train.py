@@ -145,11 +145,11 @@ def _note(run: Run, values: dict[str, float]) -> bool:
             found |= row
     found = distributed.from_all_ranks(found)[0]
     name = settings.keep_best
-    if name is None or (name not in found and run.step < run.total):
+    if name is None or name.partition("/")[0] not in [item.name for item in due]:
         return False
-    if name not in found and not run.best:
+    if name not in found:
         raise ConfigError(f"run.keep_best={name!r} is no metric of the evaluations; there are: {', '.join(found)}")
-    if name not in found or (run.best and found[name] <= run.best["value"]):
+    if run.best and found[name] <= run.best["value"]:
         return False
     run.best = {"metric": name, "step": run.step, "value": found[name]}
     return True

@@ -15,7 +15,7 @@ import torch
 
 from data_pipelines.errors import ConfigError, PipelineError
 from vlp.bundle import load_bundle
-from vlp.checkpoint import load_latest
+from vlp.checkpoint import checkpoints, load_latest, step_of
 from vlp.recipe import Recipe, dump, validate
 from vlp.run import picture_side, prepare
 from vlp.runlog import RunLog
@@ -150,3 +150,40 @@ def test_mixed_precision_is_close_to_float32(micro_recipe: Make, tmp_path: Path)
 def test_progressive_sizes_end_at_full_size(micro_recipe: Make) -> None:
     recipe = micro_recipe(sizes={0.4: 8, 0.75: 12})
     assert [picture_side(recipe, share) for share in (0.0, 0.39, 0.4, 0.74, 0.75, 1.0)] == [8, 8, 12, 12, 16, 16]
+
+
+def saved_steps(folder: Path) -> list[int]:
+    return [step_of(path) for path in checkpoints(folder / "checkpoints")]
+
+
+def test_checkpoints_are_due_by_epochs_and_by_minutes(micro_recipe: Make, tmp_path: Path) -> None:
+    epoch = prepare(micro_recipe(), tmp_path / "look").loader.plan.steps
+    settings = micro_recipe(save_every=0, save_epochs=0.5, steps=2 * epoch)
+    assert settings.run.save_steps(epoch) == (round(epoch / 2),)
+    train(micro_recipe(save_every=0, save_epochs=4 / epoch, keep=9), tmp_path / "epochs", show=False)
+    assert saved_steps(tmp_path / "epochs") == [4, 8, 12]
+    train(micro_recipe(save_every=0, save_minutes=1e-6, steps=5, keep=9), tmp_path / "minutes", show=False)
+    assert saved_steps(tmp_path / "minutes") == [1, 2, 3, 4, 5]
+
+
+def keeping(recipe: Recipe, best: str) -> Recipe:
+    settings = recipe.model_dump()
+    settings["run"]["keep_best"] = best
+    settings["evals"] = [{"name": "val", "data": recipe.data.train, "every": 2}]
+    return validate(settings)
+
+
+def test_the_best_checkpoint_stays(micro_recipe: Make, tmp_path: Path) -> None:
+    name = "val/image_to_text/R@10"
+    summary = train(keeping(micro_recipe(save_every=1), name), tmp_path / "run", show=False)
+    values = {row["step"]: row[name] for row in RunLog(tmp_path / "run").rows("evals.jsonl")}
+    best = max(values, key=lambda step: (values[step], -step))
+    assert summary["best"] == {"metric": name, "step": best, "value": values[best]}
+    assert set(saved_steps(tmp_path / "run")) == {best, 11, 12}
+
+
+def test_a_best_metric_that_nothing_measures_is_named(micro_recipe: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="begin with the name of an evaluation; there are: val"):
+        keeping(micro_recipe(), "test/R@1")
+    with pytest.raises(ConfigError, match="run.keep_best='val/nonsense' is no metric.*image_to_text/R@1"):
+        train(keeping(micro_recipe(), "val/nonsense"), tmp_path / "run", show=False)
