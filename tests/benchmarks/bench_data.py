@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 from bench_inputs import captions, photo_folder
-from bench_kit import RESULTS, ROOT, Row, compare, render, take_turns, write
+from bench_kit import Row, compare, measure, take_turns
 from bench_loader import Job, in_process, loader_row
 from bench_rows import read_row, tokens_row
 from bench_shard import call, shard_rows, verify_row
@@ -146,20 +146,7 @@ def loader256(sizes: Sizes) -> list[Row]:
 def main(rows: str, rounds: int, images: int, readme: bool) -> None:
     """Measure, write tests/benchmarks/results/data.json, renew README's table."""
     logging.basicConfig(level=logging.ERROR)
-    known = rows_of(Sizes(rounds=rounds, images=images))
-    chosen = [name for name in rows.split(",") if name] or list(known)
-    if unknown := sorted(set(chosen) - set(known)):
-        raise click.BadParameter(f"no such row: {', '.join(unknown)}; rows are {', '.join(known)}")
-    for name in chosen:
-        for row in known[name]():
-            click.echo(
-                f"{row.name}: {row.ratio} ({row.low} - {row.high}), goal {row.goal}, equal {row.equal}: {row.note}"
-            )
-            result = write("data", [row])
-    if readme:
-        page = ROOT / "README.md"
-        page.write_text(render(page, result))
-    click.echo(f"written: {RESULTS / 'data.json'}")
+    measure("data", rows_of(Sizes(rounds=rounds, images=images)), rows, readme)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -35,7 +36,6 @@ class Row:
     goal: str
     met: bool
     equal: bool
-    command: str
     note: str
 
 
@@ -75,17 +75,12 @@ def compare(
     sign, limit = goal.split()
     middle, low, high = (round(pick(ratios), 3) for pick in (statistics.median, min, max))
     met = equal and bool(MEETS[sign](middle, float(limit)))
-    return Row(name, *peer, middle, low, high, goal, met, equal, command(name), note)
+    return Row(name, *peer, middle, low, high, goal, met, equal, note)
 
 
 def missing(name: str, peer: tuple[str, str], goal: str, why: str) -> Row:
     """A row that could not be measured, and why: it stays in the table, unmet."""
-    return Row(name, *peer, None, None, None, goal, False, False, command(name), why)
-
-
-def command(name: str) -> str:
-    """How to measure one row again."""
-    return f"make bench-data ROWS={name}"
+    return Row(name, *peer, None, None, None, goal, False, False, why)
 
 
 def machine() -> str:
@@ -98,7 +93,7 @@ def machine() -> str:
 def write(suite: str, rows: Sequence[Any], folder: Path = RESULTS) -> Path:
     """Write or update the result file of a suite: rows measured now replace those of the same name, others stay.
 
-    `rows`: dataclasses with a `name`, such as Row.
+    `rows`: dataclasses with a `name`, such as Row; those of figures get the command that measures them again.
     """
     path = folder / f"{suite}.json"
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
@@ -108,7 +103,10 @@ def write(suite: str, rows: Sequence[Any], folder: Path = RESULTS) -> Path:
         "revision": git.stdout.strip() or "unknown",
         "machine": machine(),
     }
-    fresh = {row.name: asdict(row) | when for row in rows}
+    again = {
+        row.name: {"command": f"make bench-{suite} ROWS={row.name}"} if isinstance(row, Row) else {} for row in rows
+    }
+    fresh = {row.name: asdict(row) | again[row.name] | when for row in rows}
     merged = [fresh.pop(row["name"], row) for row in kept]
     result = {"suite": suite, "rows": [*merged, *fresh.values()]}
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,3 +154,23 @@ def render(readme: Path, result: Path) -> str:
     if not (found and closed):
         raise ValueError(f"{readme}: needs the markers {begin!r} and {end!r}, one after the other")
     return f"{head}{begin}\n{table(result)}\n{end}{tail}"
+
+
+def measure(suite: str, known: Mapping[str, Callable[[], list[Row]]], rows: str, readme: bool) -> None:
+    """Measure the named rows (all if none), write the result file after each, renew README's table.
+
+    Raises ValueError for a name that is not known.
+    """
+    chosen = [name for name in rows.split(",") if name] or list(known)
+    if unknown := sorted(set(chosen) - set(known)):
+        raise ValueError(f"no such row: {', '.join(unknown)}; rows are {', '.join(known)}")
+    for name in chosen:
+        for row in known[name]():
+            sys.stdout.write(
+                f"{row.name}: {row.ratio} ({row.low} - {row.high}), goal {row.goal}, equal {row.equal}: {row.note}\n"
+            )
+            sys.stdout.flush()
+            result = write(suite, [row])
+    if readme:
+        page = ROOT / "README.md"
+        page.write_text(render(page, result))

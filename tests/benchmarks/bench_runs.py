@@ -1,0 +1,232 @@
+"""Figures of whole training runs: `vlp train` and `open_clip_train.main` as commands, on the same shards and cores."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_kit import ROOT, Row, compare, missing, take_turns
+from bench_loader import PEER_PACKAGES
+from safetensors.torch import save_file
+
+from data_pipelines.files import cache_dir
+from vlp.bundle import WEIGHTS, save_bundle
+from vlp.recipe import Recipe, dump, load_recipe, validate
+from vlp.run import current_bundle, prepare
+from vlp.runlog import RunLog
+
+PEER = ("open_clip_train.main", version("open_clip_torch"))
+SMALL_VIT = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": 64, "layers": 6, "width": 192, "head_width": 64, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 3},
+}
+PEER_CODE = """
+import sys
+from vlp.torchvision_guard import ensure_torchvision
+ensure_torchvision()
+from open_clip_train.main import main
+main(sys.argv[1:])
+"""
+LINE = re.compile(r"(\S+,\S+) \| INFO \| Train Epoch: \d+ \[ *([\d,]+)/.*Contrastive_loss: ([\d.]+)")
+
+
+def environment(*first: Path) -> dict[str, str]:
+    """Of a command that finds this source tree, and before it other folders."""
+    paths = [*map(str, first), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
+
+
+def small_recipe(shards: Path, steps: int, batch: int = 64, **run: Any) -> Recipe:
+    """A small ViT on photographs, without evaluation."""
+    return validate({
+        "data": {"train": str(shards), "batch_size": batch, "image": {"size": 64}},
+        "model": {"config": SMALL_VIT},
+        "optim": {"lr": 5e-4, "warmup": 10, "grad_clip": None},
+        "run": {"steps": steps, "log_every": 1, "save_every": 0, **run},
+    })  # fmt: skip
+
+
+def train(recipe: Recipe, folder: Path, cores: str = "0,1") -> float:
+    """Train by our command on these cores; seconds of the whole command."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    file = folder.with_suffix(".yaml")
+    file.write_text(dump(recipe))
+    command = ["taskset", "-c", cores, sys.executable, "-m", "vlp", "train", str(file), "--run-dir", str(folder)]
+    began = time.perf_counter()
+    subprocess.run(command, env=environment(), check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def per_sample(folder: Path, batch: int, warm: int = 5) -> float:
+    """Seconds per sample of one of our runs after its first steps, waiting for data included."""
+    rows = RunLog(folder).rows("metrics.jsonl")
+    return float((rows[-1]["seconds"] - rows[warm]["seconds"]) / (batch * (rows[-1]["step"] - rows[warm]["step"])))
+
+
+def peer_model(recipe: Recipe, folder: Path) -> Path:
+    """The untrained model of a recipe as a folder that open_clip starts from."""
+    return save_bundle(current_bundle(prepare(recipe, folder / "start")), folder / "model")
+
+
+def peer_train(recipe: Recipe, model: Path, folder: Path, samples: int, epochs: int = 1, seed: int = 0) -> str:
+    """Train by the peer's command; its log. Every epoch sees `samples` samples drawn from the shards."""
+    tars = "::".join(map(str, sorted(Path(str(recipe.data.train)).glob("*.tar"))))
+    command = [
+        sys.executable, "-c", PEER_CODE,
+        "--model", f"local-dir:{model}", "--train-data", tars, "--dataset-type", "webdataset", "--dataset-resampled",
+        "--train-num-samples", samples, "--batch-size", recipe.data.batch_size, "--workers", 2, "--epochs", epochs,
+        "--precision", "amp_bf16", "--lr", recipe.optim.lr, "--warmup", recipe.optim.warmup,
+        "--wd", recipe.optim.weight_decay, "--beta1", 0.9,
+        "--beta2", 0.98, "--eps", 1e-6, "--logs", folder, "--name", "run", "--log-every-n-steps", 1,
+        "--seed", seed, "--save-frequency", epochs,
+    ]  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    done = subprocess.run(
+        list(map(str, command)), env=environment(PEER_PACKAGES), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return (folder / "run" / "out.log").read_text()
+
+
+def log_lines(log: str) -> list[tuple[datetime, float]]:
+    """When each step was logged, and its loss."""
+    found = [match for line in log.splitlines() if (match := LINE.search(line))]
+    return [(datetime.strptime(m[1], "%Y-%m-%d,%H:%M:%S"), float(m[3])) for m in found]
+
+
+def peer_per_sample(log: str, batch: int, warm: int = 5) -> float:
+    """Seconds per sample of a peer's run after its first steps, from the clock of its log."""
+    lines = log_lines(log)
+    return (lines[-1][0] - lines[warm][0]).total_seconds() / (batch * (len(lines) - 1 - warm))
+
+
+def speed_row(shards: Path, rounds: int, steps: int = 150) -> Row:
+    """A small model end to end from shards, the loader included."""
+    goal = ">= 2"
+    if not PEER_PACKAGES.exists():
+        return missing("speed", PEER, goal, "the peer's webdataset is not installed: make bench-train does it")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        recipe = small_recipe(shards, steps, processes=2)
+        model = peer_model(small_recipe(shards, steps), folder)
+        firsts: dict[str, float] = {}
+
+        def ours() -> float:
+            train(recipe, folder / "ours")
+            firsts["ours"] = RunLog(folder / "ours").rows("metrics.jsonl")[0]["loss"]
+            return per_sample(folder / "ours", 64)
+
+        def theirs() -> float:
+            log = peer_train(recipe, model, folder / "peer", 64 * steps)
+            firsts["peer"] = log_lines(log)[0][1]
+            return peer_per_sample(log, 64)
+
+        taken = take_turns({"ours": ours, "peer": theirs}, rounds)
+    apart = abs(firsts["ours"] - firsts["peer"])
+    note = (
+        f"ViT of width 192 at 64 px, batch 64, {1 / min(taken['ours']):.0f} samples/s, first losses {apart:.3f} apart"
+    )
+    return compare("speed", PEER, taken["ours"], taken["peer"], goal, apart < 0.2, note)
+
+
+def overhead_row(shards: Path, rounds: int, steps: int = 200) -> Row:
+    """The same run with a checkpoint every 50 steps and with none but the last."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        every, none = small_recipe(shards, steps, save_every=50), small_recipe(shards, steps)
+        start = train(small_recipe(shards, 1), folder / "run")
+        curves = []
+
+        def variant(recipe: Recipe) -> Callable[[], float]:
+            def run() -> float:
+                seconds = train(recipe, folder / "run")
+                curves.append([row["loss"] for row in RunLog(folder / "run").rows("metrics.jsonl")])
+                return seconds - start
+
+            return run
+
+        taken = take_turns({"every": variant(every), "none": variant(none)}, rounds)
+    equal = all(curve == curves[0] for curve in curves)
+    note = f"{steps} steps, checkpoints of 12.8 M parameters with optimiser, start of the command taken off"
+    peer = ("the same without checkpoints", version("vlp"))
+    return compare("checkpoints", peer, taken["every"], taken["none"], "<= 1.03", equal, note)
+
+
+def ranks_row(shards: Path, rounds: int, steps: int = 60) -> Row:
+    """Two gloo ranks of one core each against one rank of one core, equal samples per rank."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        runs = {
+            "two": (small_recipe(shards, steps, 128, processes=2, threads=1), 128, "0,1"),
+            "one": (small_recipe(shards, steps, 64, processes=1, threads=1), 64, "0"),
+        }
+
+        def variant(recipe: Recipe, batch: int, cores: str) -> Callable[[], float]:
+            def run() -> float:
+                train(recipe, folder / "run", cores)
+                return per_sample(folder / "run", batch, warm=20)
+
+            return run
+
+        taken = take_turns({name: variant(*settings) for name, settings in runs.items()}, rounds)
+    note = "batch 64 per rank; that N ranks equal one process is a test of its own"
+    peer = ("one rank on one core", version("vlp"))
+    return compare("two_ranks", peer, taken["two"], taken["one"], ">= 1.8", True, note)
+
+
+def starter_shards() -> Path:
+    """The starter data as shards, written once."""
+    out = cache_dir() / "bench/starter"
+    command = [sys.executable, "-m", "vlp", "shard", "starter", "--out", str(out)]
+    subprocess.run(command, env=environment(), check=True, capture_output=True)
+    return out
+
+
+def recall(bundle: Path, shards: Path) -> float:
+    """Image-to-text R@1 by `vlp eval`."""
+    command = [sys.executable, "-m", "vlp", "eval", str(bundle), "--data", str(shards / "unseen_vendor"), "--json"]
+    done = subprocess.run(command, env=environment(), check=True, capture_output=True)
+    return float(json.loads(done.stdout.splitlines()[-1])["metrics"]["image_to_text/R@1"])
+
+
+def starter_rows(seconds: float, seeds: int) -> list[Row]:
+    """Starter data, same model, equal wall time: share of the seeds in which ours finds more on the unseen vendor."""
+    goal = ">= 1"
+    if not PEER_PACKAGES.exists():
+        return [missing("starter", PEER, goal, "the peer's webdataset is not installed: make bench-train does it")]
+    shards, pairs = starter_shards(), []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for seed in range(seeds):
+            recipe = load_recipe("starter/clip", [
+                f"data.train={shards}/train", "evals=[]", f"run.steps={round(10 * seconds)}", f"run.seed={seed}",
+            ])  # fmt: skip
+            train(recipe, folder / "ours")
+            spent = json.loads((folder / "ours/summary.json").read_text())["train_seconds"]
+            one = recipe.model_copy(update={"run": recipe.run.model_copy(update={"processes": 1})})
+            model = peer_model(one, folder)
+            lines = log_lines(peer_train(recipe, model, folder / "peer", 128 * 25, seed=seed))
+            epochs = max(1, round(spent / max(1.0, (lines[-1][0] - lines[0][0]).total_seconds())))
+            lines = log_lines(peer_train(recipe, model, folder / "peer", 128 * 25, epochs, seed))
+            used = (lines[-1][0] - lines[0][0]).total_seconds()
+            weights = torch.load(folder / f"peer/run/checkpoints/epoch_{epochs}.pt", weights_only=True)["state_dict"]
+            (model / "bundle.json").unlink()
+            save_file({key: value.contiguous() for key, value in weights.items()}, model / WEIGHTS)
+            pairs.append((recall(folder / "ours", shards), recall(model, shards), spent, used))
+    ahead = sum(ours > peer for ours, peer, *_ in pairs) / len(pairs)
+    words = "; ".join(f"{100 * a:.1f} in {s:.0f} s against {100 * b:.1f} in {t:.0f} s" for a, b, s, t in pairs)
+    row = Row("starter", *PEER, ahead, ahead, ahead, goal, ahead >= 1, True, f"R@1 on the unseen vendor in %: {words}")
+    return [row]
