@@ -1,8 +1,6 @@
 """make_loader(cfg): an endless iterator of training batches whose position is one integer."""
 
 import hashlib
-import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,9 +10,10 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from data_pipelines.ahead import ahead
 from data_pipelines.augment import AugmentConfig, augment
 from data_pipelines.batch import Batch
 from data_pipelines.captions import CaptionConfig, pad_ids
@@ -96,6 +95,11 @@ class DataConfig(StrictModel):
     @classmethod
     def _text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
+
+    @model_validator(mode="after")
+    def _augments_what_there_is(self) -> "DataConfig":
+        self.augment.check(self.image)
+        return self
 
 
 FREE = {
@@ -210,7 +214,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         with ThreadPoolExecutor(self.config.threads) as pool, ThreadPoolExecutor(FETCHERS) as fetchers:
             steps = self._announced(count(self.step), fetchers)
-            for batch in _ahead(lambda: (self.make_batch(step, pool) for step in steps), self.config.prefetch):
+            for batch in ahead(lambda: (self.make_batch(step, pool) for step in steps), self.config.prefetch):
                 self.settle(self.step)
                 self.step += 1
                 yield batch
@@ -363,38 +367,3 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}".removeprefix("settings.")] = value
     return flat
-
-
-def _ahead(produce: Callable[[], Iterator[Batch]], depth: int) -> Iterator[Batch]:
-    """Run a producer in a thread, `depth` items ahead; its errors surface here, and it ends when the consumer does."""
-    items: queue.Queue[Batch | BaseException] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def offer(item: Batch | BaseException) -> None:
-        while not stop.is_set():
-            try:
-                items.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in produce():
-                offer(item)
-                if stop.is_set():
-                    return
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
-            offer(error)
-
-    thread = threading.Thread(target=work, name="vlp-loader", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item = items.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()

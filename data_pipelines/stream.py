@@ -19,7 +19,7 @@ from data_pipelines.shard_set import Place, ShardSet
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """One sample ready to be batched: uint8 CSS pixels of the model's size, and its texts."""
+    """One sample ready to be batched: uint8 (or float32) CSS pixels of the model's size, and its texts."""
 
     key: str
     pixels: Tensor
