@@ -6,6 +6,7 @@ without bundle.json, exported by open_clip, is accepted as well. Nothing in it i
 """
 
 import json
+import logging
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -19,17 +20,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data_pipelines.config import StrictModel, explain
-from data_pipelines.errors import BundleError
+from data_pipelines.errors import BundleError, ConfigError
 from data_pipelines.files import fsync_dir, sha256_file
 from data_pipelines.preprocess import ImageConfig
 from data_pipelines.tokens import Tokenizer, TokenizerConfig, clip_tokenizer
 from vlp.models import ModelDict, hf_folder, instantiate, write_timm_config
 from vlp.models.folders import CONFIG as CONFIG
-from vlp.models.folders import IMAGE_TOWER, TEXT_TOWER, model_cfg_of, read_json
+from vlp.models.folders import IMAGE_TOWER, TEXT_TOWER, is_hf_clip, model_cfg_of, read_json
 from vlp.models.folders import INFO as INFO
 from vlp.models.folders import VOCABULARY as VOCABULARY
 from vlp.models.folders import WEIGHTS as WEIGHTS
 from vlp.models.folders import find_bundle as find_bundle
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 
@@ -212,6 +215,31 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     """The tokenizer alone of a bundle, a run or an open_clip folder. Raises BundleError as `load_bundle`."""
     folder = find_bundle(Path(path)).absolute()
     return _load_tokenizer(folder, model_cfg_of(folder), _read_info(folder))
+
+
+def check_start(weights: Path | str, tokenizer: Tokenizer, image: ImageConfig) -> None:
+    """Compare a run's tokenizer and pictures with those of the bundle or open_clip folder that it starts from.
+
+    Raises ConfigError for another vocabulary, because every token would mean another word; the rest is a warning.
+    """
+    if not Path(weights).is_dir() or is_hf_clip(Path(weights)):
+        return
+    folder = find_bundle(Path(weights)).absolute()
+    model_cfg, info = model_cfg_of(folder), _read_info(folder)
+    known = _load_tokenizer(folder, model_cfg, info)
+    same_length = {"context_length": tokenizer.config.context_length}
+    if known.vocabulary != tokenizer.vocabulary or known.config.model_copy(update=same_length) != tokenizer.config:
+        raise ConfigError(
+            f"model.weights={str(weights)!r} was trained with another tokenizer than the recipe's, so that token ids "
+            "would mean other words: set tokenizer.kind=weights, which takes the one of the weights"
+        )
+    theirs = info.image if info else _image_from_open_clip(folder, model_cfg)
+    for name in ("mean", "std", "scale", "channels"):
+        if getattr(theirs, name) != getattr(image, name):
+            log.warning(
+                "%s was trained with data.image.%s=%s, this run has %s",
+                weights, name, getattr(theirs, name), getattr(image, name),
+            )  # fmt: skip
 
 
 def _load_tokenizer(folder: Path, model_cfg: ModelDict, info: BundleInfo | None) -> Tokenizer:

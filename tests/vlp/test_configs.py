@@ -15,9 +15,10 @@ ensure_torchvision()
 from open_clip import list_models  # noqa: E402
 
 KINDS = (
-    "ViT-B-32", "RN50", "ViT-S-32-alt", "EVA01-g-14", "convnext_base", "swin_base_patch4_window7_224",
-    "vit_medium_patch16_gap_256", "PE-Core-T-16-384", "ViTamin-S", "MobileCLIP-S1", "MobileCLIP-B", "ViT-B-16-SigLIP", "ViT-B-16-SigLIP2", "coca_ViT-B-32", "ViT-L-14-CLIPA",
-    "roberta-ViT-B-32", "xlm-roberta-base-ViT-B-32", "mt5-base-ViT-B-32", "nllb-clip-base", "coca_roberta-ViT-B-32",
+    "ViT-B-32", "RN50", "ViT-S-32-alt", "ViT-L-14-CLIPA", "EVA01-g-14", "convnext_base", "swin_base_patch4_window7_224",
+    "vit_medium_patch16_gap_256", "PE-Core-T-16-384", "ViTamin-S", "MobileCLIP-S1", "MobileCLIP-B", "ViT-B-16-SigLIP",
+    "ViT-B-16-SigLIP2", "coca_ViT-B-32", "roberta-ViT-B-32", "xlm-roberta-base-ViT-B-32", "mt5-base-ViT-B-32",
+    "nllb-clip-base", "coca_roberta-ViT-B-32",
 )  # fmt: skip
 """One of every kind; test_every_config_of_open_clip takes all."""
 SMALL: dict[str, Any] = {

@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data_pipelines.errors import BundleError, ConfigError
-from vlp.bundle import load_tokenizer, save_bundle
+from data_pipelines.preprocess import ImageConfig
+from data_pipelines.tokens import learn_tokenizer
+from vlp.bundle import check_start, load_tokenizer, save_bundle
 from vlp.export import export_open_clip
 from vlp.models import ModelConfig, build_model, resolve_config
 from vlp.models.config import Stem
@@ -95,7 +97,7 @@ def test_open_clip_starts_from_the_weights_file_of_an_export(tmp_path: Path) -> 
         assert torch.equal(theirs.encode_image(pixels), model.encode_image(pixels))  # type: ignore[operator]
 
 
-def test_training_goes_on_from_a_bundle_and_a_run(tmp_path: Path) -> None:
+def test_training_goes_on_from_a_bundle_and_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bundle = micro_bundle(seed=3)
     save_bundle(bundle, tmp_path / "run" / "bundle")
     for place in (tmp_path / "run", tmp_path / "run" / "bundle"):
@@ -103,7 +105,14 @@ def test_training_goes_on_from_a_bundle_and_a_run(tmp_path: Path) -> None:
         model, model_cfg = build_model(config, 16, 12, bundle.tokenizer.vocab_size)
         assert model_cfg["vision_cfg"] == bundle.model_cfg["vision_cfg"]
         assert all(torch.equal(value, bundle.model.state_dict()[key]) for key, value in model.state_dict().items())
-    assert load_tokenizer(tmp_path / "run").vocabulary == bundle.tokenizer.vocabulary
+    tokenizer = load_tokenizer(tmp_path / "run")
+    assert torch.equal(tokenizer(["red circle"]), bundle.tokenizer(["red circle"]))
+    check_start(tmp_path / "run", tokenizer, bundle.image)
+    assert not caplog.records
+    check_start(tmp_path / "run", tokenizer, ImageConfig(size=64, mean=(0.5, 0.5, 0.5)))
+    assert "data.image.mean=(0.48" in caplog.text
+    with pytest.raises(ConfigError, match="token ids would mean other words.*tokenizer.kind=weights"):
+        check_start(tmp_path / "run", learn_tokenizer(["other words"], 320, 12), bundle.image)
     with pytest.raises(ConfigError, match=r"knows 3\d\d tokens, the recipe's tokenizer 512: set tokenizer.kind"):
         build_model(config, 16, 12, 512)
     weights = tmp_path / "run" / "bundle" / "open_clip_model.safetensors"

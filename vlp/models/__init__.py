@@ -179,7 +179,7 @@ def _fit_inputs(vision_cfg: ModelDict, image_size: int, channels: int) -> None:
 
 def _fixed_size(architecture: str) -> int | None:
     """Picture side that a timm model is built for, None when it takes any."""
-    with torch.random.fork_rng(), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         trunk = timm.create_model(architecture, pretrained=False)
         size: tuple[int, ...] = trunk.default_cfg["input_size"]  # type: ignore[index, assignment]
     return size[-1] if hasattr(trunk, "set_input_size") else None
