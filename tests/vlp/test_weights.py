@@ -160,11 +160,16 @@ def test_a_hugging_face_clip_model_gives_equal_features(act: str, tmp_path: Path
         torch.testing.assert_close(mine, nn.functional.normalize(other, dim=-1), rtol=1e-5, atol=1e-5)
 
 
-def test_a_clip_model_with_another_activation_is_refused(tmp_path: Path) -> None:
+def test_equal_shapes_do_not_hide_another_computation(tmp_path: Path) -> None:
     hf_clip(tmp_path, "quick_gelu")
     config = resolve_config(ModelConfig(name=f"local-dir:{tmp_path}"))
-    with pytest.raises(ConfigError, match="vectors would be wrong"):
-        build(tmp_path, config={**config, "quick_gelu": False})
+    heads = {**config["vision_cfg"], "head_width": 32}
+    for other, named in (
+        ({"quick_gelu": False}, "quick_gelu True"),
+        ({"vision_cfg": heads}, "vision_cfg.head_width 16"),
+    ):
+        with pytest.raises(ConfigError, match=f"trained with {named}.*vectors would be wrong"):
+            build(tmp_path, config={**config, **other})
 
 
 def test_positions_are_fitted_to_size_and_length(teacher: nn.Module, tmp_path: Path) -> None:

@@ -17,8 +17,6 @@ from data_pipelines.towers import PACKAGES as TOWERS
 from data_pipelines.towers import tower_folder
 from vlp.models.config import ModelConfig as ModelConfig
 from vlp.models.config import ModelDict as ModelDict
-from vlp.models.folders import HF_CONFIG, find_bundle, is_hf_clip, model_cfg_of, read_json
-from vlp.models.hf_clip import model_cfg_from_hf
 from vlp.torchvision_guard import ensure_torchvision
 
 ensure_torchvision()
@@ -30,7 +28,7 @@ from open_clip.model import CLIP, CustomTextCLIP  # noqa: E402
 
 from vlp.models import locking  # noqa: E402
 from vlp.models.towers import load_image_tower, load_text_tower  # noqa: E402
-from vlp.models.weights import load_model  # noqa: E402
+from vlp.models.weights import config_of_folder, load_model  # noqa: E402
 
 LOCAL = "local-dir:"
 
@@ -46,7 +44,7 @@ def resolve_config(config: ModelConfig) -> ModelDict:
     if config.config is not None:
         found = deepcopy(config.config)
     elif config.name.startswith(LOCAL):
-        found = _config_of_folder(Path(config.name.removeprefix(LOCAL)))
+        found = config_of_folder(Path(config.name.removeprefix(LOCAL)))
     elif config.name in own_configs():
         text = (
             resources.files("vlp.models")
@@ -73,12 +71,6 @@ def resolve_config(config: ModelConfig) -> ModelDict:
     if config.init_logit_scale is not None:
         found["init_logit_scale"] = config.init_logit_scale
     return found
-
-
-def _config_of_folder(folder: Path) -> ModelDict:
-    if is_hf_clip(folder):
-        return model_cfg_from_hf(read_json(folder / HF_CONFIG), str(folder))
-    return model_cfg_of(find_bundle(folder).absolute())
 
 
 def instantiate(model_cfg: ModelDict) -> nn.Module:

@@ -35,7 +35,7 @@ ACTIVATIONS = {"gelu": False, "quick_gelu": True}
 def model_cfg_from_hf(config: dict[str, Any], source: str) -> ModelDict:
     """The `model_cfg` of a CLIPModel's config.json. Raises ConfigError for what open_clip cannot build."""
     vision: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-        "num_attention_heads": 12, "image_size": 224, "patch_size": 32, "num_channels": 3, "hidden_act": "quick_gelu",
+        "num_attention_heads": 12, "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5, **config.get("vision_config", {})}  # fmt: skip
     text: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
         "num_attention_heads": 8, "vocab_size": 49408, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
@@ -66,8 +66,6 @@ def model_cfg_from_hf(config: dict[str, Any], source: str) -> ModelDict:
     for side, tower in (("vision_cfg", vision), ("text_cfg", text)):
         if tower["layer_norm_eps"] != 1e-5:
             found[side]["norm_kwargs"] = {"eps": tower["layer_norm_eps"]}
-    if vision["num_channels"] != 3:
-        found["vision_cfg"]["channels"] = vision["num_channels"]
     return found
 
 

@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from open_clip.convert import convert_state_dict
-from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
+from open_clip.model import (
+    CLIPTextCfg,
+    CLIPVisionCfg,
+    convert_to_custom_text_state_dict,
+    resize_pos_embed,
+    resize_text_pos_embed,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed  # type: ignore[attr-defined]
@@ -20,7 +26,7 @@ from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-d
 from data_pipelines.errors import BundleError, ConfigError
 from data_pipelines.files import sha256_file
 from vlp.models.config import ModelDict, Stem
-from vlp.models.folders import HF_CONFIG, INFO, WEIGHTS, find_bundle, is_hf_clip, read_json, weights_file
+from vlp.models.folders import HF_CONFIG, INFO, WEIGHTS, find_bundle, is_hf_clip, model_cfg_of, read_json, weights_file
 from vlp.models.hf_clip import model_cfg_from_hf, state_from_hf
 
 log = logging.getLogger(__name__)
@@ -28,6 +34,9 @@ log = logging.getLogger(__name__)
 State = dict[str, Tensor]
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes of DDP and torch.compile."""
+VISION = ("head_width", "pool_type", "no_ln_pre", "final_ln_after_pool", "norm_kwargs", "act_kwargs", "timm_pool")
+TEXT = ("heads", "pool_type", "no_causal_mask", "norm_kwargs", "act_kwargs", "hf_pooler_type")
+"""Settings that change what a tower computes but no tensor's shape."""
 SHOWN = 4
 """Tensors that an error names."""
 
@@ -77,15 +86,35 @@ def read_file(path: Path) -> State:
 def load_model(model: nn.Module, model_cfg: ModelDict, source: str, stem: Stem | None) -> None:
     """Load the weights of a whole model. Raises ConfigError naming what does not fit and what to set."""
     where = f"model.weights={source!r}"
-    if is_hf_clip(Path(source)):
-        theirs = model_cfg_from_hf(read_json(Path(source) / HF_CONFIG), where)
-        if theirs["quick_gelu"] != model_cfg.get("quick_gelu", False):
-            raise ConfigError(
-                f"{where} was trained with quick_gelu={theirs['quick_gelu']}, the model has another activation: the "
-                f"vectors would be wrong; choose a matching config, or model.name=local-dir:{source}"
-            )
+    if Path(source).is_dir():
+        _check_arithmetic(model_cfg, config_of_folder(Path(source)), where)
     state = rename(model, read_weights(source, "model.weights"))
     load(model, state, model.state_dict().keys(), where, stem)
+
+
+def config_of_folder(folder: Path) -> ModelDict:
+    """The `model_cfg` of a bundle, a run, an open_clip folder or a Hugging Face CLIPModel folder."""
+    if is_hf_clip(folder):
+        return model_cfg_from_hf(read_json(folder / HF_CONFIG), str(folder))
+    return model_cfg_of(find_bundle(folder).absolute())
+
+
+def _check_arithmetic(model_cfg: ModelDict, theirs: ModelDict, where: str) -> None:
+    """Raise ConfigError where equal shapes would hide that the weights belong to another computation."""
+
+    def settings(config: ModelDict) -> dict[str, Any]:
+        vision = {key: value for key, value in config["vision_cfg"].items() if key in VISION}
+        text = {key: value for key, value in config["text_cfg"].items() if key in TEXT}
+        whole = {f"vision_cfg.{key}": getattr(CLIPVisionCfg(**vision), key) for key in VISION}
+        whole |= {f"text_cfg.{key}": getattr(CLIPTextCfg(**text), key) for key in TEXT}
+        return whole | {"quick_gelu": config.get("quick_gelu", False)}
+
+    ours, known = settings(model_cfg), settings(theirs)
+    if different := [f"{key} {known[key]}, the model has {ours[key]}" for key in ours if known[key] != ours[key]]:
+        raise ConfigError(
+            f"{where} was trained with {'; '.join(different)}: its vectors would be wrong; take its own config with "
+            "model.name=local-dir:PATH"
+        )
 
 
 def rename(model: nn.Module, state: State) -> State:
