@@ -5,6 +5,7 @@ Torch-free. The header is read and checked before the content; nothing is ever u
 
 import io
 import math
+from tokenize import TokenError
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from data_pipelines.images import MAX_PIXELS, check_size
 MAGIC = b"\x93NUMPY"
 KINDS = ("u1", "u2", "f4")
 """Values that are read: uint8, uint16, float32, of either byte order."""
+DAMAGE = (ValueError, EOFError, OSError, SyntaxError, TypeError, TokenError, RecursionError, MemoryError)
+"""What NumPy's header parser raises on damaged input, which it hands to Python's own."""
 
 
 def is_array(data: bytes | memoryview) -> bool:
@@ -36,9 +39,9 @@ def read_header(data: bytes | memoryview) -> tuple[tuple[int, ...], bool, "np.dt
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
-    except (ValueError, EOFError, OSError) as error:
+    except DAMAGE as error:
         raise BadSample("not_an_array", f"{len(data)} bytes are no .npy file: {error}") from error
-    if dtype.str[1:] not in KINDS or len(shape) not in (2, 3):
+    if dtype.str[1:] not in KINDS or len(shape) not in (2, 3) or min(shape) < 0:
         detail = f"shape {shape} of {dtype}; allowed are two or three axes of uint8, uint16 or float32"
         raise BadSample("not_an_array", detail)
     return shape, fortran, dtype, stream.tell()

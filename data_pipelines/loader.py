@@ -346,7 +346,7 @@ class Loader:
             sample = decode(self.shards.read(sample_id), self.config.image, self.config.max_pixels, self._columns)
         except BadSample as error:
             return error
-        size = sample.pixels.numel()
+        size = sample.pixels.nbytes
         if self._cached_bytes + size <= self.config.cache_mb << 20:
             self._cache[original] = sample
             self._cached_bytes += size

@@ -69,6 +69,7 @@ def test_sizes_do_not_depend_on_the_axes_order() -> None:
         (npy(bands(shape=(2, 3, 4, 5))), "not_an_array"),
         (npy(np.array([{"a": 1}], dtype=object)), "not_an_array"),
         (npy(bands(shape=(2, 0, 5))), "empty_image"),
+        (npy(bands(shape=(2, 3, 5))).replace(b"2, 3, 5", b"-2,-3,5"), "not_an_array"),
         (npy(bands(shape=(2, 400, 500))), "too_many_pixels"),
         (npy(np.full((BANDS, 8, 8), np.nan, np.float32)), "not_finite"),
         (npy(bands(shape=(12, 8, 8))), "wrong_channels"),
@@ -79,6 +80,22 @@ def test_what_cannot_be_used_says_why(data: bytes, reason: str) -> None:
     with pytest.raises(BadSample) as caught:
         load_image(data, spectral(), max_pixels=100_000)
     assert caught.value.reason == reason
+
+
+@pytest.mark.filterwarnings("ignore")  # NumPy wonders about some of these headers
+def test_a_damaged_header_is_a_bad_sample_whatever_it_says() -> None:
+    whole = npy(bands(shape=(2, 4, 4)))
+    draws = np.random.default_rng(0)
+    reasons = set()
+    for _ in range(3000):
+        data = bytearray(whole)
+        for place in draws.integers(6, 128, draws.integers(1, 4)):
+            data[place] = draws.choice(list(b"()[]{},:'-0123456789TF<>|uf\n #\xff"))
+        try:
+            assert open_array(bytes(data)).shape
+        except BadSample as error:
+            reasons.add(error.reason)
+    assert reasons >= {"not_an_array", "truncated_image"}
 
 
 def test_uint8_batches_take_uint8_arrays_alone() -> None:
@@ -114,8 +131,6 @@ def test_means_are_in_the_units_of_the_data() -> None:
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"image.mean has 3 numbers, image.channels=2"):
         ImageConfig(channels=2)
-    with pytest.raises(ConfigError, match=r"image.std=.*above 0"):
-        ImageConfig(std=(1, 0, 1))
     with pytest.raises(ConfigError, match=r"augment.contrast=0.1 needs RGB.*channels=13.*leave out contrast, hue"):
         DataConfig(train=str(tmp_path), image=spectral(), augment=AugmentConfig(contrast=0.1, hue=0.1, flip=0.5))
 

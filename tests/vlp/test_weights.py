@@ -158,6 +158,9 @@ def test_a_hugging_face_clip_model_gives_equal_features(act: str, tmp_path: Path
         text = theirs.get_text_features(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS)).pooler_output
     for mine, other in zip(features(ours), (image, text), strict=True):
         torch.testing.assert_close(mine, nn.functional.normalize(other, dim=-1), rtol=1e-5, atol=1e-5)
+    half = build(name=f"local-dir:{tmp_path}", image_weights=str(tmp_path))
+    assert torch.equal(features(half)[0], features(ours)[0])
+    assert not torch.equal(features(half)[1], features(ours)[1])
 
 
 def test_equal_shapes_do_not_hide_another_computation(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Pretrained weights of single towers, from pinned packages or local files. Never from a hub, never pickled modules."""
 
-from pathlib import Path
-
 from torch import Tensor, nn
 
 from data_pipelines.errors import ConfigError
@@ -69,9 +67,8 @@ def load_text_tower(model: nn.Module, source: str) -> None:
     Raises ConfigError.
     """
     where = f"model.text_weights={source!r}"
-    folder = tower_folder(source) if source in TOWERS else Path(source)
     pinned = source in TOWERS
-    weights = read_file(weights_file(folder)) if pinned else read_weights(source, "model.text_weights")
+    weights = read_file(weights_file(tower_folder(source))) if pinned else read_weights(source, "model.text_weights")
     own = model.state_dict()
     if any(key.startswith("visual.") for key in weights):
         text = [key for key in own if not key.startswith(("visual.", "logit_", "text_decoder."))]
