@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipelines.config import StrictModel
+from data_pipelines.errors import ConfigError
+from data_pipelines.preprocess import ImageConfig
 
 COLUMNS = 16
 """Uniform numbers per sample."""
@@ -49,7 +51,7 @@ class AugmentConfig(StrictModel):
     erase: float = 0.0
     """Probability of a rectangle of 10 to 33 % of each side painted with the ground colour."""
     ground: int = 255
-    """Grey level that fills what an affine transform uncovers, and erased rectangles."""
+    """Value that fills what an affine transform uncovers, and erased rectangles."""
 
     @property
     def geometric(self) -> bool:
@@ -61,6 +63,15 @@ class AugmentConfig(StrictModel):
         """Whether colours change."""
         return any((self.brightness, self.contrast, self.saturation, self.hue, self.grey))
 
+    def check(self, image: ImageConfig) -> None:
+        """Raise ConfigError for operations that these pictures do not have: colours need RGB of 0..255."""
+        if self.colour and (image.channels != 3 or image.values != "uint8"):
+            asked = [name for name in ("brightness", "contrast", "saturation", "hue", "grey") if getattr(self, name)]
+            raise ConfigError(
+                f"data.augment.{asked[0]}={getattr(self, asked[0])} needs RGB pictures of uint8, but data.image has "
+                f"channels={image.channels}, values={image.values}: leave out {', '.join(asked)}"
+            )
+
 
 def augment(
     pixels_BCHW: Tensor,
@@ -70,7 +81,7 @@ def augment(
     rows: Sequence[int],
     side: int | None = None,
 ) -> Tensor:
-    """uint8 BCHW in, uint8 BCHW out. `rows` are the samples' positions among the `total` of the global batch.
+    """BCHW uint8 or float32 in, the same out. `rows` are the samples' positions among the `total` of the global batch.
 
     `side`: smaller height and width of the result; taken first, so that small pictures cost little.
     """
@@ -88,7 +99,8 @@ def augment(
         picture = _colour(picture, config, draws[:, 7:12])
     if config.erase:
         picture = picture * _kept(draws[:, 12:16], config.erase, picture.shape[-2:])
-    return (config.ground - picture).round_().clamp_(0, 255).to(torch.uint8)
+    result = config.ground - picture
+    return result if pixels_BCHW.is_floating_point() else result.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _affine(picture_BCHW: Tensor, config: AugmentConfig, draws: Tensor) -> Tensor:

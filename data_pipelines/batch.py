@@ -19,11 +19,11 @@ class Batch:
     keys: tuple[str, ...]
     """B sample keys."""
     pixels: Tensor
-    """BCHW uint8, not yet normalised."""
+    """BCHW uint8, or float32 where `image.values` says so; not yet normalised."""
     tokens: Tensor
     """BL int64 token ids, padded."""
     views: tuple[Tensor, ...] | None = None
-    """Further augmented views, each BCHW uint8."""
+    """Further augmented views, each as `pixels`."""
     extra_tokens: tuple[Tensor, ...] | None = None
     """Further captions of the same samples, each BL int64."""
     phrase_ids: Tensor | None = None

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from data_pipelines.ahead import ahead
 from data_pipelines.augment import AugmentConfig, augment
 from data_pipelines.batch import Batch
 from data_pipelines.captions import CaptionConfig, pad_ids
@@ -28,7 +29,7 @@ from data_pipelines.plan import Plan, rank_slice
 from data_pipelines.preprocess import ImageConfig
 from data_pipelines.remote import SHARD_FETCH, DiskCache
 from data_pipelines.shard_set import ShardSet, Train
-from data_pipelines.stream import Decoded, decode, run_ahead
+from data_pipelines.stream import Decoded, decode
 from data_pipelines.texts import draw_texts
 from data_pipelines.tokens import Tokenizer
 
@@ -94,6 +95,11 @@ class DataConfig(StrictModel):
     @classmethod
     def _text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
+
+    @model_validator(mode="after")
+    def _augments_what_there_is(self) -> "DataConfig":
+        self.augment.check(self.image)
+        return self
 
 
 FREE = {
@@ -208,7 +214,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         with ThreadPoolExecutor(self.config.threads) as pool, ThreadPoolExecutor(FETCHERS) as fetchers:
             steps = self._announced(count(self.step), fetchers)
-            for batch in run_ahead(lambda: (self.make_batch(step, pool) for step in steps), self.config.prefetch):
+            for batch in ahead(lambda: (self.make_batch(step, pool) for step in steps), self.config.prefetch):
                 self.settle(self.step)
                 self.step += 1
                 yield batch
@@ -340,7 +346,7 @@ class Loader:
             sample = decode(self.shards.read(sample_id), self.config.image, self.config.max_pixels, self._columns)
         except BadSample as error:
             return error
-        size = sample.pixels.numel()
+        size = sample.pixels.nbytes
         if self._cached_bytes + size <= self.config.cache_mb << 20:
             self._cache[original] = sample
             self._cached_bytes += size

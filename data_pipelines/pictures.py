@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import simplejpeg
 from pydantic import Field, model_validator
 
+from data_pipelines.arrays import array_size, is_array, open_array
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import BadSample, ConfigError
 from data_pipelines.fetch import FetchOptions, read_bytes
@@ -130,6 +131,8 @@ def prepare(record: Record, options: WriteOptions, gate: AbstractContextManager[
 
 
 def _convert(data: bytes, digest: str, options: WriteOptions) -> Prepared:
+    if is_array(data):
+        return _keep_array(data, digest, options)
     if data[:2] == b"\xff\xd8" and (done := _convert_jpeg(data, digest, options)):
         return done
     image = open_checked(data, options.max_pixels)
@@ -146,6 +149,14 @@ def _convert(data: bytes, digest: str, options: WriteOptions) -> Prepared:
         shown = frame(*image.size, size, mode)
         image = resize_to(image, size, mode, options.resize_only_if_bigger)
     return Prepared(digest, encode(image, target, options.encode_quality), target, original, image.size, shown)
+
+
+def _keep_array(data: bytes, digest: str, options: WriteOptions) -> Prepared:
+    """An .npy picture goes into the shard as it is; resizing it is left to training, which knows its bands."""
+    if options.image_size is not None or options.encode_format is not None:
+        raise BadSample("array_kept_as_is", "an .npy picture is neither resized nor encoded: leave these options out")
+    size = array_size(open_array(data, options.max_pixels).shape)
+    return Prepared(digest, data, "npy", size, size)
 
 
 def _convert_jpeg(data: bytes, digest: str, options: WriteOptions) -> Prepared | None:

@@ -1,6 +1,7 @@
 """The one way from encoded picture to model input, used by training, evaluation and serving alike.
 
-bytes --decode_rgb--> uint8 CHW of any size --fit--> uint8 CHW of the model's size --normalise--> float BCHW.
+bytes --decode--> uint8 CHW of any size --fit--> uint8 CHW of the model's size --normalise--> float BCHW.
+Pictures of other bands or values come as .npy arrays and are float32 on the way where `ImageConfig.values` says so.
 Batches stay uint8 until they reach the device: a quarter of the bytes to move.
 Geometry is open_clip's (resize, then centre crop with the same rounding), so exported weights see the same pictures.
 JPEG goes through libjpeg-turbo, which refuses damaged data that Pillow would fill with grey, everything else through
@@ -14,10 +15,12 @@ import simplejpeg
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from data_pipelines.arrays import is_array, open_array
 from data_pipelines.config import StrictModel
-from data_pipelines.errors import BadSample
+from data_pipelines.errors import BadSample, ConfigError
 from data_pipelines.images import (
     MAX_PIXELS,
     check_size,
@@ -49,10 +52,63 @@ class ImageConfig(StrictModel):
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     scaled_decode: bool = False
     """Decode JPEGs of twice the wanted size or more at a half, quarter or eighth: faster, about 42 dB away."""
-    mean: tuple[float, float, float] = OPENAI_MEAN
-    std: tuple[float, float, float] = OPENAI_STD
+    channels: int = Field(3, ge=1)
+    """Bands of a picture. 3: encoded pictures, or arrays. 1: either, in grey. Any other number: arrays (.npy)."""
+    layout: Literal["chw", "hwc"] = "chw"
+    """Axes of stored arrays; one of two axes is a single band."""
+    values: Literal["uint8", "float32"] = "uint8"
+    """What a batch carries. float32 also takes uint16 and float32 arrays; uint8 takes nothing else and is faster."""
+    scale: float = Field(255.0, gt=0)
+    """Stored value that counts as 1 in `mean` and `std`; 1 when these are in the units of the data."""
+    mean: tuple[float, ...] = OPENAI_MEAN
+    """One per channel."""
+    std: tuple[float, ...] = OPENAI_STD
+    """One per channel."""
     ground: int = 255
-    """Grey level 0..255 on which transparent pictures are composed, and with which `longest` pads."""
+    """Value on which transparent pictures are composed, and with which `longest` pads."""
+
+    @model_validator(mode="after")
+    def _one_per_channel(self) -> "ImageConfig":
+        for name, given in (("mean", self.mean), ("std", self.std)):
+            if len(given) != self.channels:
+                raise ConfigError(
+                    f"image.{name} has {len(given)} numbers, image.channels={self.channels}: give one per channel"
+                )
+        return self
+
+
+def decode(data: bytes, config: ImageConfig, max_pixels: int = MAX_PIXELS) -> tuple[Tensor, tuple[int, int]]:
+    """Upright CHW picture with `config.channels` bands of `config.values`, and its full height and width.
+
+    Raises BadSample with the reason: `wrong_channels` and `wrong_values` for a picture that is not what `config` says.
+    """
+    if is_array(data):
+        return decode_array(data, config, max_pixels)
+    if config.channels not in (1, 3):
+        raise BadSample("wrong_channels", f"an encoded picture, image.channels={config.channels}: store .npy")
+    image_CHW, full_size = decode_rgb(data, config, max_pixels)
+    if config.channels == 1:  # Pillow's weights and rounding
+        red, green, blue = image_CHW.int()
+        image_CHW = ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)[None]
+    return (image_CHW.float() if config.values == "float32" else image_CHW), full_size
+
+
+def decode_array(data: bytes, config: ImageConfig, max_pixels: int) -> tuple[Tensor, tuple[int, int]]:
+    """`decode` for .npy bytes."""
+    array = open_array(data, max_pixels)
+    if config.values == "uint8" and array.dtype != np.uint8:
+        raise BadSample("wrong_values", f"{array.dtype} array, image.values=uint8: set image.values=float32")
+    if array.ndim == 2:
+        array = array[None]
+    elif config.layout == "hwc":
+        array = array.transpose(2, 0, 1)
+    if len(array) != config.channels:
+        raise BadSample(
+            "wrong_channels",
+            f"{len(array)} by image.layout={config.layout}, image.channels={config.channels}; shape {array.shape}",
+        )
+    image_CHW = torch.from_numpy(np.array(array, config.values, order="C"))
+    return image_CHW, (image_CHW.shape[1], image_CHW.shape[2])
 
 
 def decode_rgb(data: bytes, config: ImageConfig, max_pixels: int = MAX_PIXELS) -> tuple[Tensor, tuple[int, int]]:
@@ -106,7 +162,7 @@ def _resized(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
 
 
 def fit(image_CHW: Tensor, full_size: tuple[int, int], config: ImageConfig) -> Tensor:
-    """Resize and crop or pad a uint8 CHW picture, whose full height and width decide the shape, to C x size x size."""
+    """Resize and crop or pad a CHW picture, whose full height and width decide the shape, to C x size x size."""
     wanted = _resized(*full_size, config)
     if wanted != image_CHW.shape[1:]:
         # The operator below F.interpolate, because that takes a size or a scale, not both: half of 641 pixels arrives
@@ -136,17 +192,17 @@ def _centre(image_CHW: Tensor, target: int, ground: int) -> Tensor:
 
 
 def load_image(data: bytes, config: ImageConfig, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Encoded bytes to uint8 C x size x size."""
-    return fit(*decode_rgb(data, config, max_pixels), config)
+    """Encoded bytes or .npy to C x size x size of `config.values`."""
+    return fit(*decode(data, config, max_pixels), config)
 
 
 def normalise(pixels_BCHW: Tensor, config: ImageConfig, out: Tensor | None = None) -> Tensor:
-    """uint8 BCHW to float32 BCHW with the model's mean and std; runs on the tensor's device.
+    """uint8 or float32 BCHW to float32 BCHW with the model's mean and std; runs on the tensor's device.
 
     `out`: a float tensor of this shape to fill. Asking the system for new memory costs more than the arithmetic, so a
     loop that is done with its last batch hands it in again.
     """
-    mean = torch.tensor(config.mean, device=pixels_BCHW.device).mul_(255).view(1, -1, 1, 1)
-    scale = torch.tensor(config.std, device=pixels_BCHW.device).mul_(255).reciprocal_().view(1, -1, 1, 1)
+    mean = torch.tensor(config.mean, device=pixels_BCHW.device).mul_(config.scale).view(1, -1, 1, 1)
+    scale = torch.tensor(config.std, device=pixels_BCHW.device).mul_(config.scale).reciprocal_().view(1, -1, 1, 1)
     pixels = pixels_BCHW.to(torch.float32, copy=True) if out is None else out.copy_(pixels_BCHW)
     return pixels.sub_(mean).mul_(scale)

@@ -42,7 +42,7 @@ class Sample:
     cls: int | None = None
     """Class number of a `cls` member."""
     array: Any = None
-    """Numbers of an `npy` member."""
+    """Numbers of an `npy` member beside a picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +136,8 @@ class Shard:
     def read(self, row: int) -> Sample:
         """The sample in position `row`. Raises BadSample when it has no image or its text cannot be read."""
         members, key = self.raw(row), self.key(row)
+        if "image" not in members and "npy" in members:
+            members["image"] = members.pop("npy")  # beside no other picture, an array is the picture itself
         image = members.get("image", b"")
         if not len(image):
             reason = "empty_image" if "image" in members else "no_image"

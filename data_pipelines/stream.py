@@ -3,13 +3,10 @@
 The stages also run inside `webdataset.DataPipeline(partial(stored, shards, ledger), partial(decoded, ...), ...)`.
 """
 
-import queue
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -19,12 +16,10 @@ from data_pipelines.preprocess import ImageConfig, load_image
 from data_pipelines.reader import Sample
 from data_pipelines.shard_set import Place, ShardSet
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """One sample ready to be batched: uint8 CSS pixels of the model's size, and its texts."""
+    """One sample ready to be batched: uint8 (or float32) CSS pixels of the model's size, and its texts."""
 
     key: str
     pixels: Tensor
@@ -80,39 +75,3 @@ def iterate(folder: Path | str, image: ImageConfig, ledger: Ledger, max_pixels: 
     if not len(shards):
         raise ShardError(f"{folder}: the shards hold no sample")
     yield from decoded(stored(shards, ledger), image, ledger, max_pixels)
-
-
-def run_ahead(produce: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
-    """Run a producer in a thread, `depth` items ahead; its errors surface here, and it ends when the consumer does."""
-    items: queue.Queue[T | BaseException] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def offer(item: T | BaseException) -> None:
-        while not stop.is_set():
-            try:
-                items.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in produce():
-                offer(item)
-                if stop.is_set():
-                    return
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
-            offer(error)
-
-    thread = threading.Thread(target=work, name="vlp-loader", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item = items.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        if not sys.is_finalizing():  # by then the thread is frozen, and would be waited for forever
-            thread.join()

@@ -12,12 +12,13 @@ from typing import Any
 
 import simplejpeg
 
+from data_pipelines import arrays
 from data_pipelines.errors import BadSample
 from data_pipelines.images import MAX_PIXELS, open_header
 from data_pipelines.shard_files import BLOCK
 
-MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"GIF8": "gif"}
-KINDS = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp", "gif": "gif"}
+MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"GIF8": "gif", arrays.MAGIC: "npy"}
+KINDS = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp", "gif": "gif", "npy": "npy"}
 """Image extension -> format."""
 ADLER = 65521
 
@@ -219,7 +220,7 @@ def _long_name(content: bytes, kind: bytes) -> str:
 
 
 def image_format(head: bytes) -> str | None:
-    """jpg, png, webp or gif by the first bytes."""
+    """jpg, png, webp, gif or npy by the first bytes."""
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "webp"
     return next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
@@ -231,6 +232,8 @@ def image_size(kind: str, content: memoryview) -> tuple[int, int]:
         width, height = struct.unpack(">II", content[16:24])
     elif kind == "gif":
         width, height = struct.unpack("<HH", content[6:10])
+    elif kind == "npy":
+        width, height = arrays.array_size(arrays.read_header(content)[0])
     elif kind == "jpg":
         height, width, _, _ = simplejpeg.decode_jpeg_header(content)
     else:

@@ -6,6 +6,7 @@ without bundle.json, exported by open_clip, is accepted as well. Nothing in it i
 """
 
 import json
+import logging
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -19,21 +20,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data_pipelines.config import StrictModel, explain
-from data_pipelines.errors import BundleError
+from data_pipelines.errors import BundleError, ConfigError
 from data_pipelines.files import fsync_dir, sha256_file
 from data_pipelines.preprocess import ImageConfig
 from data_pipelines.tokens import Tokenizer, TokenizerConfig, clip_tokenizer
 from vlp.models import ModelDict, hf_folder, instantiate, write_timm_config
+from vlp.models.folders import CONFIG as CONFIG
+from vlp.models.folders import IMAGE_TOWER, TEXT_TOWER, is_hf_clip, model_cfg_of, read_json
+from vlp.models.folders import INFO as INFO
+from vlp.models.folders import VOCABULARY as VOCABULARY
+from vlp.models.folders import WEIGHTS as WEIGHTS
+from vlp.models.folders import find_bundle as find_bundle
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
-IMAGE_TOWER, TEXT_TOWER = "image_tower", "text_tower"
-"""Sub-folders with the config.json of towers that open_clip builds through timm or transformers."""
-INFO, CONFIG, WEIGHTS, VOCABULARY = (
-    "bundle.json",
-    "open_clip_config.json",
-    "open_clip_model.safetensors",
-    "tokenizer.json",
-)
 
 
 class Provenance(StrictModel):
@@ -168,62 +169,28 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def find_bundle(path: Path) -> Path:
-    """The bundle folder meant by `path`: the folder itself, or `bundle/` below a run."""
-    for folder in (path, path / "bundle"):
-        if (folder / INFO).is_file() or (folder / CONFIG).is_file():
-            return folder
-    if not path.is_dir():
-        raise BundleError(f"{path}: no such folder; a bundle is a folder, for example runs/demo/bundle")
-    raise BundleError(f"{path}: neither a bundle ({INFO}) nor an open_clip folder ({CONFIG}); did training finish?")
-
-
 def load_bundle(path: Path | str, device: torch.device | str = "cpu") -> Bundle:
     """Load a bundle, a run folder or an exported open_clip folder. Raises BundleError naming file and reason."""
     folder = find_bundle(Path(path)).absolute()
-    config = _read_json(folder / CONFIG)
-    if "model_cfg" not in config:
-        raise BundleError(f"{folder / CONFIG}: key 'model_cfg' is missing")
-    info = _read_info(folder)
-    tokenizer = _load_tokenizer(folder, config, info)
-    _find_towers(config["model_cfg"], folder)
-    model = instantiate(config["model_cfg"])
+    model_cfg, info = model_cfg_of(folder), _read_info(folder)
+    tokenizer = _load_tokenizer(folder, model_cfg, info)
+    model = instantiate(model_cfg)
     _load_weights(model, folder, info)
     model.to(device).eval()
     return Bundle(
         name=info.name if info else folder.name,
         model=model,
-        model_cfg=config["model_cfg"],
-        image=info.image if info else _image_from_open_clip(config),
+        model_cfg=model_cfg,
+        image=info.image if info else _image_from_open_clip(folder, model_cfg),
         tokenizer=tokenizer,
         provenance=info.provenance if info else Provenance(),
     )
 
 
-def _find_towers(model_cfg: ModelDict, folder: Path) -> None:
-    """Point the towers at this folder, wherever it was when it was written."""
-    if (folder / TEXT_TOWER).is_dir():
-        model_cfg["text_cfg"]["hf_model_name"] = str(folder / TEXT_TOWER)
-    if (folder / IMAGE_TOWER).is_dir():
-        tower = _read_json(folder / IMAGE_TOWER / "config.json")
-        model_cfg["vision_cfg"]["timm_model_name"] = tower["architecture"]
-        model_cfg["vision_cfg"]["timm_model_args"] = tower["model_args"]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise BundleError(f"{path}: expected a JSON object")
-    return content
-
-
 def _read_info(folder: Path) -> BundleInfo | None:
     if not (folder / INFO).is_file():
         return None
-    content = _read_json(folder / INFO)
+    content = read_json(folder / INFO)
     if int(content.get("format", 0)) > FORMAT:
         raise BundleError(
             f"{folder / INFO}: format {content['format']} is of a newer vlp; this one reads up to {FORMAT}: upgrade"
@@ -244,8 +211,39 @@ def _load_weights(model: nn.Module, folder: Path, info: BundleInfo | None) -> No
         raise BundleError(f"{path}: weights cannot be loaded ({str(error).splitlines()[0]})") from error
 
 
-def _load_tokenizer(folder: Path, config: dict[str, Any], info: BundleInfo | None) -> Tokenizer:
-    text_cfg = config["model_cfg"].get("text_cfg", {})
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """The tokenizer alone of a bundle, a run or an open_clip folder. Raises BundleError as `load_bundle`."""
+    folder = find_bundle(Path(path)).absolute()
+    return _load_tokenizer(folder, model_cfg_of(folder), _read_info(folder))
+
+
+def check_start(weights: Path | str, tokenizer: Tokenizer, image: ImageConfig) -> None:
+    """Compare a run's tokenizer and pictures with those of the bundle or open_clip folder that it starts from.
+
+    Raises ConfigError for another vocabulary, because every token would mean another word; the rest is a warning.
+    """
+    if not Path(weights).is_dir() or is_hf_clip(Path(weights)):
+        return
+    folder = find_bundle(Path(weights)).absolute()
+    model_cfg, info = model_cfg_of(folder), _read_info(folder)
+    known = _load_tokenizer(folder, model_cfg, info)
+    same_length = {"context_length": tokenizer.config.context_length}
+    if known.vocabulary != tokenizer.vocabulary or known.config.model_copy(update=same_length) != tokenizer.config:
+        raise ConfigError(
+            f"model.weights={str(weights)!r} was trained with another tokenizer than the recipe's, so that token ids "
+            "would mean other words: set tokenizer.kind=weights, which takes the one of the weights"
+        )
+    theirs = info.image if info else _image_from_open_clip(folder, model_cfg)
+    for name in ("mean", "std", "scale", "channels"):
+        if getattr(theirs, name) != getattr(image, name):
+            log.warning(
+                "%s was trained with data.image.%s=%s, this run has %s",
+                weights, name, getattr(theirs, name), getattr(image, name),
+            )  # fmt: skip
+
+
+def _load_tokenizer(folder: Path, model_cfg: ModelDict, info: BundleInfo | None) -> Tokenizer:
+    text_cfg = model_cfg.get("text_cfg", {})
     length = int(text_cfg.get("context_length", 77))
     if (folder / VOCABULARY).is_file():
         numbers = info.tokenizer if info else TokenizerConfig(context_length=length, lower=False)
@@ -255,9 +253,9 @@ def _load_tokenizer(folder: Path, config: dict[str, Any], info: BundleInfo | Non
     return clip_tokenizer(length)
 
 
-def _image_from_open_clip(config: dict[str, Any]) -> ImageConfig:
-    known = config.get("preprocess_cfg", {})
-    size = known.get("size", config["model_cfg"]["vision_cfg"].get("image_size", 224))
+def _image_from_open_clip(folder: Path, model_cfg: ModelDict) -> ImageConfig:
+    known = read_json(folder / CONFIG).get("preprocess_cfg", {})
+    size = known.get("size", model_cfg["vision_cfg"].get("image_size", 224))
     return ImageConfig(
         size=size if isinstance(size, int) else size[0],
         resize=known.get("resize_mode", "shortest"),

@@ -25,7 +25,15 @@ tokenizer = open_clip.get_tokenizer("local-dir:{folder}")
 
 
 def export_open_clip(bundle: Bundle, out: Path) -> Path:
-    """Write the folder whole or not at all. Raises BundleError when `out` exists and is not empty."""
+    """Write the folder whole or not at all; its weights file is also what open_clip takes as `pretrained=FILE`.
+
+    Raises BundleError when `out` exists and is not empty, and for a model that open_clip has no words for.
+    """
+    if channels := bundle.model_cfg["vision_cfg"].get("channels"):
+        raise BundleError(
+            f"{bundle.name}: open_clip builds its own image towers for RGB alone, this one takes {channels} channels; "
+            "only a timm image tower (vision_cfg.timm_model_name) of other channels can be exported"
+        )
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BundleError(f"--out {out} exists and is not empty: choose a new folder")

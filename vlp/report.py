@@ -155,9 +155,18 @@ def _caption(axis: Axes, text: str) -> None:
     axis.text(1, 0.5, _short(text), ha="right", va="center", fontsize=10, color=INK, wrap=True)
 
 
+def _visible(pixels_CHW: Tensor) -> Tensor:
+    """CHW uint8 to look at: RGB as it is; of other bands the first three, or one in grey, over their whole range."""
+    if len(pixels_CHW) == 3 and pixels_CHW.dtype == torch.uint8:
+        return pixels_CHW
+    bands = (pixels_CHW[:3] if len(pixels_CHW) > 2 else pixels_CHW[:1].expand(3, -1, -1)).float()
+    low, high = bands.amin((1, 2), keepdim=True), bands.amax((1, 2), keepdim=True)
+    return ((bands - low) / (high - low).clamp_(min=1e-6) * 255).to(torch.uint8)
+
+
 def _picture(axis: Axes, pixels_CHW: Tensor, frame: str) -> None:
     axis.axis("on")
-    axis.imshow(pixels_CHW.permute(1, 2, 0).numpy())
+    axis.imshow(_visible(pixels_CHW).permute(1, 2, 0).numpy())
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():

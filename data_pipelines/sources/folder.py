@@ -3,7 +3,7 @@
 Captions beside: `dog.jpg` with `dog.txt` (one caption per line) and/or `dog.json` (`caption`/`captions`,
 `label`/`labels`, other values become columns). Class folders: no such files anywhere; the name of a picture's own
 folder is its label, and `template` makes the caption. Folders are searched to any depth, names in sorted order, hidden
-ones left out.
+ones left out. An .npy file is a picture, too, unless a picture of another kind has its name.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from data_pipelines.config import StrictModel
 from data_pipelines.errors import BadSample, PipelineError
 from data_pipelines.records import Record
 
-READ = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+READ = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".npy")
 UNREAD = (".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg")
 """Pictures that are not decoded: they become counted failures, so that nobody misses them silently."""
 
@@ -57,7 +57,9 @@ class _Listing:
 
     @cached_property
     def pictures(self) -> list[str]:
-        return [name for name in self.files if _suffix(name) in READ + UNREAD]
+        found = [name for name in self.files if _suffix(name) in READ + UNREAD]
+        encoded = {_stem(name) for name in found if _suffix(name) != ".npy"}
+        return [name for name in found if _suffix(name) != ".npy" or _stem(name) not in encoded]
 
     @cached_property
     def sidecars(self) -> set[str]:

@@ -192,5 +192,5 @@ def test_unknown_models_and_towers_are_named() -> None:
         resolve_config(ModelConfig(name="ViT-Z-99"))
     with pytest.raises(ConfigError, match=r"image_weights='nope'"):
         build_model(ModelConfig(name="starter-micro", image_weights="nope"), 64, 16, 600)
-    with pytest.raises(ConfigError, match="lock_image"):
-        build_model(ModelConfig(name="starter-micro", lock_image=True), 64, 16, 600)
+    with pytest.raises(ConfigError, match=r"lock_image_unlocked_groups=1 has no effect without model.lock_image"):
+        ModelConfig(name="starter-micro", lock_image_unlocked_groups=1)

@@ -13,7 +13,7 @@ from vlp.export import export_open_clip
 from vlp.frozen import FeatureLoader, trunks_frozen
 from vlp.infer import encode_pixels, encode_texts
 from vlp.models import ModelConfig, build_model
-from vlp.models.towers import _image_weights, _in_order
+from vlp.models.towers import image_weights, in_order
 from vlp.recipe import load_recipe
 from vlp.run import current_bundle, prepare
 from vlp.runlog import RunLog
@@ -84,10 +84,10 @@ def test_open_clip_loads_the_export_with_equal_features(folder: Path, tmp_path: 
 
 def test_weights_of_another_shape_are_refused() -> None:
     own = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
-    assert set(_in_order({"x": torch.ones(2, 3), "y": torch.ones(4)}, own, "s")) == {"a", "b"}
+    assert set(in_order({"x": torch.ones(2, 3), "y": torch.ones(4)}, own, "s")) == {"a", "b"}
     for weights in ({"x": torch.ones(3, 2), "y": torch.ones(4)}, {"x": torch.ones(2, 3)}):
         with pytest.raises(ConfigError, match="do not fit"):
-            _in_order(weights, own, "s")
+            in_order(weights, own, "s")
 
 
 def test_the_loaded_tower_knows_what_it_was_trained_on() -> None:
@@ -99,8 +99,8 @@ def test_the_loaded_tower_knows_what_it_was_trained_on() -> None:
     from data_pipelines.sources import emoji
 
     model = timm.create_model("tf_efficientnet_lite0").eval()
-    weights = _image_weights("efficientnet-lite0")
-    model.load_state_dict(_in_order(weights, model.state_dict(), "efficientnet-lite0"))
+    weights = image_weights("efficientnet-lite0")
+    model.load_state_dict(in_order(weights, model.state_dict(), "efficientnet-lite0"))
     config = ImageConfig(size=144, resize="longest", mean=(0.5,) * 3, std=(0.5,) * 3)
     for vendor, code, expected in (("fluent", "26bd", "soccer ball"), ("google", "1f427", "king penguin")):
         picture = emoji.load_images(vendor, emoji.Config())[code]

@@ -8,44 +8,29 @@ import tempfile
 from copy import deepcopy
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import nn
 
-from data_pipelines.config import StrictModel
 from data_pipelines.errors import ConfigError
 from data_pipelines.towers import PACKAGES as TOWERS
 from data_pipelines.towers import tower_folder
-from vlp.models.towers import load_image_tower, load_text_tower
+from vlp.models.config import ModelConfig as ModelConfig
+from vlp.models.config import ModelDict as ModelDict
 from vlp.torchvision_guard import ensure_torchvision
 
 ensure_torchvision()
 
-from open_clip import get_model_config, list_models  # noqa: E402  (imports torchvision)
+import timm  # noqa: E402  (imports torchvision, as the next ones)
+from open_clip import get_model_config, list_models  # noqa: E402
 from open_clip.coca_model import CoCa  # noqa: E402
 from open_clip.model import CLIP, CustomTextCLIP  # noqa: E402
 
-ModelDict = dict[str, Any]
-"""An open_clip `model_cfg`: embed_dim, vision_cfg, text_cfg and a few switches."""
+from vlp.models import locking  # noqa: E402
+from vlp.models.towers import load_image_tower, load_text_tower  # noqa: E402
+from vlp.models.weights import config_of_folder, load_model  # noqa: E402
 
-
-class ModelConfig(StrictModel):
-    """Which towers, and which weights they start from."""
-
-    name: str = "starter-small"
-    """A config of ours (`vlp/models/configs`), or any open_clip config name."""
-    config: ModelDict | None = None
-    """An open_clip `model_cfg` written out in the recipe; replaces `name`. timm and Hugging Face towers go here."""
-    init_logit_scale: float | None = None
-    """Logarithm of the first logit scale; default as in the config, else ln(1/0.07)."""
-    image_weights: str | None = None
-    """Weights of the image tower: a pinned tower (`efficientnet-lite0`) or a local safetensors file."""
-    text_weights: str | None = None
-    """Weights of the text tower: a pinned tower (`minilm-l6-v2`) or a local Hugging Face folder."""
-    lock_image: bool = False
-    """Freeze the image trunk and train its projection only."""
-    lock_text: bool = False
-    """Freeze the text trunk and train its projection only."""
+LOCAL = "local-dir:"
 
 
 def own_configs() -> list[str]:
@@ -58,6 +43,8 @@ def resolve_config(config: ModelConfig) -> ModelDict:
     """The complete open_clip `model_cfg` that `config` names."""
     if config.config is not None:
         found = deepcopy(config.config)
+    elif config.name.startswith(LOCAL):
+        found = config_of_folder(Path(config.name.removeprefix(LOCAL)))
     elif config.name in own_configs():
         text = (
             resources.files("vlp.models")
@@ -74,6 +61,13 @@ def resolve_config(config: ModelConfig) -> ModelDict:
             f"model.name: {config.name!r} is unknown; ours: {', '.join(own_configs())}; "
             f"open_clip's, starting alike: {', '.join(close) or 'none'} (all: open_clip.list_models())"
         )
+    if config.text_tower is not None:
+        if "hf_model_name" not in found["text_cfg"]:
+            raise ConfigError(
+                f"model.text_tower={config.text_tower!r} has no effect: the config has no Hugging Face text tower "
+                "(text_cfg.hf_model_name)"
+            )
+        found["text_cfg"]["hf_model_name"] = config.text_tower
     if config.init_logit_scale is not None:
         found["init_logit_scale"] = config.init_logit_scale
     return found
@@ -82,8 +76,8 @@ def resolve_config(config: ModelConfig) -> ModelDict:
 def instantiate(model_cfg: ModelDict) -> nn.Module:
     """The open_clip model of a `model_cfg`, with fresh weights and no download.
 
-    `vision_cfg.timm_model_args` (ours) changes arguments of a timm model, its channels say; `text_cfg.hf_model_name` is
-    a pinned tower or a local folder with a config.json.
+    `vision_cfg.timm_model_args` (ours) changes arguments of a timm model, `vision_cfg.channels` (ours) the bands that
+    open_clip's own towers take; `text_cfg.hf_model_name` is a pinned tower or a local folder with a config.json.
     """
     kwargs = deepcopy(model_cfg)
     text, vision = kwargs["text_cfg"], kwargs["vision_cfg"]
@@ -94,18 +88,32 @@ def instantiate(model_cfg: ModelDict) -> nn.Module:
         text["hf_model_name"] = str(hf_folder(text["hf_model_name"]))
     custom_text = kwargs.pop("custom_text", False) or "hf_model_name" in text
     model_class = CoCa if "multimodal_cfg" in kwargs else CustomTextCLIP if custom_text else CLIP
-    arguments = vision.pop("timm_model_args", None)
+    arguments, channels = vision.pop("timm_model_args", None), vision.pop("channels", 3)
     with tempfile.TemporaryDirectory() as scratch:
         if arguments is not None:
             write_timm_config(Path(scratch), vision["timm_model_name"], arguments)
             vision["timm_model_name"] = f"local-dir:{scratch}"
         model: nn.Module = model_class(**kwargs)
+    if channels != 3:
+        _replace_stem(model.get_submodule("visual"), channels)
     return model
+
+
+def _replace_stem(tower: nn.Module, channels: int) -> None:
+    """A fresh first layer for other channels, for open_clip's own image towers."""
+    rgb = tower.get_submodule("conv1")
+    assert isinstance(rgb, nn.Conv2d)
+    assert rgb.bias is None
+    fresh = nn.Conv2d(channels, rgb.out_channels, (rgb.kernel_size[0], rgb.kernel_size[1]), bias=False)
+    fresh.stride, fresh.padding = rgb.stride, rgb.padding
+    tower.register_module("conv1", fresh)
 
 
 def write_timm_config(folder: Path, architecture: str, arguments: ModelDict) -> None:
     """The config.json from which timm builds `local-dir:folder`."""
-    content = {"architecture": architecture, "model_args": arguments, "pretrained_cfg": {}}
+    default = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
+    known = {"pool_size": default.pool_size} if default is not None and default.pool_size else {}
+    content = {"architecture": architecture, "model_args": arguments, "pretrained_cfg": known}
     (folder / "config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
@@ -116,40 +124,57 @@ def hf_folder(name: str) -> Path:
     folder = Path(name)
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"text tower {name!r}: give a pinned tower ({', '.join(TOWERS)}) or a local folder with config.json"
+            f"text tower {name!r}: give a pinned tower ({', '.join(TOWERS)}) or a local folder with config.json; "
+            "model.text_tower=PATH takes the place of a name on the hub"
         )
     return folder
 
 
 def build_model(
-    config: ModelConfig, image_size: int, context_length: int, vocab_size: int
+    config: ModelConfig, image_size: int, context_length: int, vocab_size: int, channels: int = 3
 ) -> tuple[nn.Module, ModelDict]:
-    """(model, its complete model_cfg): built for these inputs, weights loaded, trunks frozen as asked."""
+    """(model, its complete model_cfg): built for these inputs, weights loaded, locked as at the start of a run."""
     model_cfg = resolve_config(config)
-    model_cfg["vision_cfg"]["image_size"] = image_size
-    model_cfg["text_cfg"]["context_length"] = context_length
-    if "hf_model_name" not in model_cfg["text_cfg"]:
-        model_cfg["text_cfg"]["vocab_size"] = vocab_size
+    _fit_inputs(model_cfg["vision_cfg"], image_size, channels)
+    text_cfg = model_cfg["text_cfg"]
+    text_cfg["context_length"] = context_length
+    if "multimodal_cfg" in model_cfg:
+        model_cfg["multimodal_cfg"]["context_length"] = context_length
+    if "hf_model_name" not in text_cfg:
+        text_cfg["vocab_size"] = vocab_size
     model = instantiate(model_cfg)
+    if config.weights:
+        load_model(model, model_cfg, config.weights, config.stem)
     if config.image_weights:
-        load_image_tower(model, config.image_weights)
+        load_image_tower(model, config.image_weights, config.stem)
     if config.text_weights:
         load_text_tower(model, config.text_weights)
-    if config.lock_image:
-        _lock(model, "visual", "image")
-    if config.lock_text:
-        _lock(model, "text", "text")
+    locking.apply(model, config, 0.0)
     return model, model_cfg
 
 
-def _lock(model: nn.Module, attribute: str, option: str) -> None:
-    tower = getattr(model, attribute, None)
-    trunk = trunk_of(tower) if tower is not None else None
-    if trunk is None:
-        raise ConfigError(
-            f"model.lock_{option}: only timm image towers and Hugging Face text towers have a separate trunk"
-        )
-    trunk.requires_grad_(False)
+def _fit_inputs(vision_cfg: ModelDict, image_size: int, channels: int) -> None:
+    """Write size and channels into the config, for a timm tower as arguments that open_clip passes on to timm."""
+    vision_cfg["image_size"] = image_size
+    vision_cfg.pop("channels", None)
+    if "timm_model_name" not in vision_cfg:
+        if channels != 3:
+            vision_cfg["channels"] = channels
+        return
+    arguments: ModelDict = vision_cfg.pop("timm_model_args", {})
+    wanted: ModelDict = {"in_chans": channels} if channels != 3 or "in_chans" in arguments else {}
+    if "img_size" in arguments or _fixed_size(vision_cfg["timm_model_name"]) not in (None, image_size):
+        wanted["img_size"] = image_size
+    if arguments or wanted:
+        vision_cfg["timm_model_args"] = arguments | wanted
+
+
+def _fixed_size(architecture: str) -> int | None:
+    """Picture side that a timm model is built for, None when it takes any."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        trunk = timm.create_model(architecture, pretrained=False)
+        size: tuple[int, ...] = trunk.default_cfg["input_size"]  # type: ignore[index, assignment]
+    return size[-1] if hasattr(trunk, "set_input_size") else None
 
 
 def trunk_of(tower: nn.Module) -> nn.Module | None:

@@ -1,0 +1,94 @@
+"""Every model config of open_clip builds and runs; on the meta device, where shapes are real and numbers are not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from vlp.models import ModelConfig, build_model, resolve_config
+from vlp.testing import MICRO
+from vlp.torchvision_guard import ensure_torchvision
+
+ensure_torchvision()
+from open_clip import list_models  # noqa: E402
+
+KINDS = (
+    "ViT-B-32", "RN50", "ViT-S-32-alt", "ViT-L-14-CLIPA", "EVA01-g-14", "convnext_base", "swin_base_patch4_window7_224",
+    "vit_medium_patch16_gap_256", "PE-Core-T-16-384", "ViTamin-S", "MobileCLIP-S1", "MobileCLIP-B", "ViT-B-16-SigLIP",
+    "ViT-B-16-SigLIP2", "coca_ViT-B-32", "roberta-ViT-B-32", "xlm-roberta-base-ViT-B-32", "mt5-base-ViT-B-32",
+    "nllb-clip-base", "coca_roberta-ViT-B-32",
+)  # fmt: skip
+"""One of every kind; test_every_config_of_open_clip takes all."""
+SMALL: dict[str, Any] = {
+    "roberta": transformers.RobertaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    ),
+    "xlm": transformers.XLMRobertaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    ),
+    "mt5": transformers.MT5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2),
+    "nllb": transformers.M2M100Config(
+        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
+    ),
+}  # fmt: skip
+"""Start of a text tower's name on the hub -> a config of its kind."""
+
+
+def config_of(name: str, folder: Path) -> ModelConfig:
+    """A config of open_clip; a Hugging Face text tower gets a folder of its kind."""
+    hub = resolve_config(ModelConfig(name=name))["text_cfg"].get("hf_model_name")
+    if hub is None:
+        return ModelConfig(name=name)
+    kind = next(kind for kind in SMALL if hub.rpartition("/")[2].startswith(kind))
+    SMALL[kind].save_pretrained(folder / kind)
+    return ModelConfig(name=name, text_tower=str(folder / kind))
+
+
+def check(name: str, folder: Path) -> None:
+    config = config_of(name, folder)
+    given = resolve_config(config)
+    size, length = given["vision_cfg"].get("image_size", 224), given["text_cfg"].get("context_length", 77)
+    with torch.device("meta"):
+        model, _ = build_model(config, size, length, 1000)
+        image = model.eval().encode_image(torch.zeros(2, 3, size, size))  # type: ignore[operator]
+    assert image.shape == (2, given["embed_dim"])
+    tokens = torch.ones(2, length, dtype=torch.int64)
+    if config.text_tower:  # these look at their mask's numbers, which meta does not have
+        text = {**given, "vision_cfg": {**MICRO["vision_cfg"], "output_tokens": "multimodal_cfg" in given}}
+        model, _ = build_model(ModelConfig(config=text), 16, length, 1000)
+    else:
+        tokens = tokens.to("meta")
+    assert model.eval().encode_text(tokens).shape == (2, given["embed_dim"])  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_config_of_every_kind(name: str, tmp_path: Path) -> None:
+    check(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("ViT-B-16-SigLIP", 256),
+        ("ViTamin-S", 320),
+        ("EVA02-B-16", 256),
+        ("swin_base_patch4_window7_224", 448),
+        ("convnext_base", 96),
+    ],
+)
+def test_timm_towers_take_other_sizes(name: str, size: int, tmp_path: Path) -> None:
+    """Those built for one size are built for another, which their bundles then tell open_clip."""
+    with torch.device("meta"):
+        model, config = build_model(ModelConfig(name=name), size, 16, 1000)
+        assert len(model.eval().encode_image(torch.zeros(2, 3, size, size))) == 2  # type: ignore[operator]
+    fixed = name != "convnext_base"
+    assert config["vision_cfg"].get("timm_model_args") == ({"img_size": size} if fixed else None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_models())
+def test_every_config_of_open_clip(name: str, tmp_path: Path) -> None:
+    check(name, tmp_path)

@@ -1,0 +1,74 @@
+"""Folders that hold a model: where the parts of a bundle, an open_clip folder or a Hugging Face CLIPModel lie."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.errors import BundleError
+from vlp.models.config import ModelDict
+
+INFO, CONFIG, WEIGHTS, VOCABULARY = (
+    "bundle.json",
+    "open_clip_config.json",
+    "open_clip_model.safetensors",
+    "tokenizer.json",
+)
+IMAGE_TOWER, TEXT_TOWER = "image_tower", "text_tower"
+"""Sub-folders with the config.json of towers that open_clip builds through timm or transformers."""
+HF_CONFIG = "config.json"
+WEIGHT_FILES = (
+    WEIGHTS, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth",
+    "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth",
+)  # fmt: skip
+"""In open_clip's order."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises BundleError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise BundleError(f"{path}: expected a JSON object")
+    return content
+
+
+def find_bundle(path: Path) -> Path:
+    """The bundle folder meant by `path`: the folder itself, or `bundle/` below a run."""
+    for folder in (path, path / "bundle"):
+        if (folder / INFO).is_file() or (folder / CONFIG).is_file():
+            return folder
+    if not path.is_dir():
+        raise BundleError(f"{path}: no such folder; a bundle is a folder, for example runs/demo/bundle")
+    raise BundleError(f"{path}: neither a bundle ({INFO}) nor an open_clip folder ({CONFIG}); did training finish?")
+
+
+def is_hf_clip(folder: Path) -> bool:
+    """Whether a folder holds a Hugging Face CLIPModel."""
+    config = folder / HF_CONFIG
+    return config.is_file() and not (folder / CONFIG).is_file() and read_json(config).get("model_type") == "clip"
+
+
+def model_cfg_of(folder: Path) -> ModelDict:
+    """The `model_cfg` of a bundle or an open_clip folder, its towers looked for where the folder is now."""
+    config = read_json(folder / CONFIG)
+    if "model_cfg" not in config:
+        raise BundleError(f"{folder / CONFIG}: key 'model_cfg' is missing")
+    model_cfg: ModelDict = config["model_cfg"]
+    if (folder / TEXT_TOWER).is_dir():
+        model_cfg["text_cfg"]["hf_model_name"] = str(folder / TEXT_TOWER)
+    if (folder / IMAGE_TOWER).is_dir():
+        tower = read_json(folder / IMAGE_TOWER / HF_CONFIG)
+        model_cfg["vision_cfg"]["timm_model_name"] = tower["architecture"]
+        model_cfg["vision_cfg"]["timm_model_args"] = tower["model_args"]
+    return model_cfg
+
+
+def weights_file(folder: Path) -> Path:
+    """The file with the weights, as open_clip chooses it. Raises BundleError when there is none."""
+    found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+    found += sorted(path for path in folder.glob("*.safetensors") if path not in found)
+    if not found:
+        raise BundleError(f"{folder}: holds no weights; looked for {', '.join(WEIGHT_FILES)}")
+    return found[0]
