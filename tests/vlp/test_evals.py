@@ -8,7 +8,7 @@ import torch
 from data_pipelines.errors import ConfigError
 from vlp import evals
 from vlp.bundle import load_bundle
-from vlp.evals.retrieval import best_ranks
+from vlp.evals._scores import best_ranks
 from vlp.runlog import RunLog
 from vlp.testing import micro_bundle
 
