@@ -135,8 +135,15 @@ def in_shares(count: int, size: int, compute: Callable[[range], Tensor]) -> Tens
     """Rows 0..count-1 on every rank, `size` at a time by `compute`, each rank a run of these pieces."""
     pieces = cut(count, size)
     share = distributed.share(len(pieces))
-    rows = [compute(piece) for piece in pieces[share.start : share.stop]]
-    return distributed.gather_rows(torch.cat(rows) if rows else None)
+    mine = pieces[share.start : share.stop]
+    rows: Tensor | None = None
+    for piece in mine:
+        part = compute(piece)
+        if rows is None:
+            rows = part.new_empty(mine[-1].stop - mine[0].start, *part.shape[1:])
+        # copied and dropped: small results that stay would sit in the gaps that the next large tile needs
+        rows[piece.start - mine[0].start : piece.stop - mine[0].start] = part
+    return distributed.gather_rows(rows)
 
 
 def with_captions(encoded: Encoded, data: Train | Path) -> list[int]:

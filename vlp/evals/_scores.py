@@ -11,7 +11,7 @@ from torch import Tensor
 from vlp.evals._encode import in_shares
 
 TILE = 1 << 22
-"""Similarities at a time: 16 MiB, and about four times as much while they are compared."""
+"""Similarities at a time: 16 MiB, and up to ten times as much while they are compared."""
 FEWEST = 16
 """Queries of a tile at least, however many candidates there are."""
 

@@ -81,7 +81,7 @@ Scores = Callable[[range, range], Tensor]
 
 
 def choose(features_ND: Tensor, targets: Rights, classes: int, multi: bool, config: Config) -> tuple[float, float]:
-    """(penalty, its accuracy or mAP) that is best on held-out training pictures; of equals the strongest."""
+    """(penalty, its accuracy or mAP) that is best on held-out training pictures; the strongest of equals."""
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(config.seed)).tolist()
     held = round(len(targets) * config.validation)
     if not 0 < held < len(targets):
@@ -104,6 +104,8 @@ def measure(score: Scores, right: Rights, classes: int, multi: bool) -> Pairs:
     if multi:
         everyone = range(len(right))
         yield from mean_average_precision(lambda run: score(everyone, run), right, classes)
+        yield "classes", float(classes)
+        yield "pictures", float(len(right))
     else:
         ranks = tiled_ranks(lambda run: score(run, range(classes)), firsts(right), classes)
         yield from accuracies(ranks, right, classes)
