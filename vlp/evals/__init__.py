@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError
 
 import vlp.evals
 from data_pipelines.config import StrictModel, explain
@@ -46,30 +45,28 @@ def load(task: str) -> Any:
 def check_options(task: str, options: Mapping[str, Any]) -> StrictModel:
     """The validated Config of a task. Raises pydantic's ValidationError with paths below `task` or `options`."""
     if task not in tasks():
-        raise _refused(task, [_line("unknown_task", f"unknown; known: {', '.join(tasks())}", ("task",), task)])
+        raise _refused(("task",), task, f"unknown; known: {', '.join(tasks())}")
     model = load(task).Config
-    known = ", ".join(model.model_fields) or "none"
-    unknown = [
-        _line("unknown_option", f"unknown option of {task}; known: {known}", ("options", key), value)
-        for key, value in options.items()
-        if key not in model.model_fields
-    ]
-    if unknown:
-        raise _refused(task, unknown)
+    for key in options.keys() - model.model_fields.keys():
+        known = ", ".join(model.model_fields)
+        raise _refused(("options", key), options[key], f"unknown option of {task}; known: {known}")
     try:
         config: StrictModel = model.model_validate(dict(options))
     except ValidationError as error:
-        lines = [_line(e["type"], e["msg"], ("options", *e["loc"]), e["input"]) for e in error.errors()]
-        raise _refused(task, lines) from error
+        raise ValidationError.from_exception_data(
+            task,
+            [
+                {"type": e["type"], "loc": ("options", *e["loc"]), "input": e["input"], "ctx": e.get("ctx", {})}
+                for e in error.errors()
+            ],
+        ) from error
     return config
 
 
-def _line(kind: str, message: str, path: tuple[str | int, ...], value: Any) -> InitErrorDetails:
-    return InitErrorDetails(type=PydanticCustomError(kind, message), loc=path, input=value)
-
-
-def _refused(task: str, lines: list[InitErrorDetails]) -> ValidationError:
-    return ValidationError.from_exception_data(task, lines)
+def _refused(path: tuple[str, ...], value: Any, reason: str) -> ValidationError:
+    return ValidationError.from_exception_data(
+        path[0], [{"type": "value_error", "loc": path, "input": value, "ctx": {"error": ValueError(reason)}}]
+    )
 
 
 def evaluate(
