@@ -60,11 +60,15 @@ class Ledger:
             log.warning("sample skipped: %s", error)
         if len(self.records) < MAX_RECORDS:
             self.records[place.shard, place.row] = Quarantined(place, error.reason, str(error))
+        self.check(error)
+
+    def check(self, last: BadSample | None = None) -> None:
+        """Raise PipelineError over the limits, naming the `last` error."""
         lost = self.quarantined.total()
         if self._in_a_row >= self.max_in_a_row or (self.seen >= 1000 and lost > self.max_share * self.seen):
             raise PipelineError(
                 f"{lost} of {self.seen} samples could not be used ({dict(self.quarantined)}), over the limit of "
-                f"{self.max_share:.1%} or {self.max_in_a_row} in a row; the last: {error}: "
+                f"{self.max_share:.1%} or {self.max_in_a_row} in a row{f'; the last: {last}' if last else ''}: "
                 "mend the shards, or raise data.max_bad_share"
             )
 

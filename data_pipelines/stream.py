@@ -3,10 +3,12 @@
 The stages also run inside `webdataset.DataPipeline(partial(stored, shards, ledger), partial(decoded, ...), ...)`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -14,7 +16,13 @@ from data_pipelines.errors import BadSample, ShardError
 from data_pipelines.ledger import Ledger
 from data_pipelines.preprocess import ImageConfig, load_image
 from data_pipelines.reader import Sample
-from data_pipelines.shard_set import Place, ShardSet
+from data_pipelines.shard_set import Place, ShardSet, Train
+
+T = TypeVar("T")
+BLOCK = 64
+"""Samples that `iterate` decodes between two looks at the ledger."""
+AHEAD = 2
+"""Blocks that threads work on while one is used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +38,20 @@ class Decoded:
     """Columns of the json member that captions or labels are made of, `cls` and `npy` members among them."""
 
 
-def decode(sample: Sample, image: ImageConfig, max_pixels: int, columns: frozenset[str] = frozenset()) -> Decoded:
+def decode(
+    sample: Sample,
+    image: ImageConfig,
+    max_pixels: int,
+    columns: frozenset[str] = frozenset(),
+    captions: bool = True,
+) -> Decoded:
     """Decode one stored sample. Raises BadSample when picture or caption is missing or unusable.
 
-    With `columns`, one of these may stand in for the caption.
+    With `columns`, one of these may stand in for the caption; without `captions`, none is needed.
     """
     found = {"cls": sample.cls, "npy": sample.array} | sample.columns if columns else {}
     kept = {name: found[name] for name in columns if found.get(name) is not None}
-    if not sample.captions and not any(isinstance(value, str) and value for value in kept.values()):
+    if captions and not sample.captions and not any(isinstance(value, str) and value for value in kept.values()):
         raise BadSample("no_caption", sample.key)
     try:
         pixels = load_image(sample.image, image, max_pixels)
@@ -69,9 +83,59 @@ def decoded(
             yield ready
 
 
-def iterate(folder: Path | str, image: ImageConfig, ledger: Ledger, max_pixels: int) -> Iterator[Decoded]:
-    """All samples of a folder once, in stored order: the reading side of evaluation and embedding."""
+def in_blocks(function: Callable[[int], T], blocks: Iterable[Sequence[int]], threads: int) -> Iterator[list[T]]:
+    """`function` of every number of every block, in order; threads work on the next blocks while one is used."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        waiting: deque[Iterator[T]] = deque()
+        for block in blocks:
+            waiting.append(pool.map(function, block))
+            if len(waiting) > AHEAD:
+                yield list(waiting.popleft())
+        while waiting:
+            yield list(waiting.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def decoded_blocks(
+    shards: ShardSet,
+    blocks: Sequence[Sequence[int]],
+    read: Callable[[Sample], Decoded],
+    ledger: Ledger,
+    threads: int,
+) -> Iterator[list[Decoded]]:
+    """The usable samples of every block of sample ids, decoded by threads; the others are counted."""
+
+    def fetch(sample_id: int) -> Decoded | BadSample:
+        try:
+            return read(shards.read(sample_id))
+        except BadSample as error:
+            return error
+
+    for block, found in zip(blocks, in_blocks(fetch, blocks, threads), strict=True):
+        good = []
+        for sample_id, item in zip(block, found, strict=True):
+            if isinstance(item, BadSample):
+                ledger.bad(item, shards.place(sample_id))
+            else:
+                ledger.good(shards.names[shards.original(sample_id)[0]])
+                good.append(item)
+        yield good
+
+
+def cut(count: int, size: int) -> list[range]:
+    """0..count-1 in runs of `size`; the last may be shorter."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def iterate(
+    folder: Train | Path, image: ImageConfig, ledger: Ledger, max_pixels: int, threads: int = 2
+) -> Iterator[Decoded]:
+    """All samples of a folder once, in stored order."""
     shards = ShardSet(folder)
     if not len(shards):
         raise ShardError(f"{folder}: the shards hold no sample")
-    yield from decoded(stored(shards, ledger), image, ledger, max_pixels)
+    blocks = cut(len(shards), BLOCK)
+    for block in decoded_blocks(shards, blocks, lambda sample: decode(sample, image, max_pixels), ledger, threads):
+        yield from block

@@ -70,6 +70,31 @@ def from_all_ranks(value: T) -> list[T]:
     return found
 
 
+def share(pieces: int) -> range:
+    """This rank's run of the numbers 0..pieces-1; runs differ by one at most."""
+    return range(pieces * rank() // world_size(), pieces * (rank() + 1) // world_size())
+
+
+def gather_rows(rows: Tensor | None) -> Tensor:
+    """Rows of all ranks in rank order, on the CPU, without gradient; all ranks must ask.
+
+    Ranks may hold different numbers of rows, and None stands for none; at least one rank holds some.
+    """
+    if world_size() == 1:
+        assert rows is not None, "no rank has a row"
+        return rows.cpu()
+    kinds = from_all_ranks(None if rows is None else (tuple(rows.shape), rows.dtype))
+    shape, dtype = next(kind for kind in kinds if kind is not None)
+    counts = [kind[0][0] if kind is not None else 0 for kind in kinds]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    padded = torch.zeros((max(counts), *shape[1:]), dtype=dtype, device=device)
+    if rows is not None:
+        padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count].cpu() for part, count in zip(parts, counts, strict=True)])
+
+
 def gather_features(features: Features) -> Features:
     """Features of all ranks in rank order; the gradient reaches each rank's own.
 

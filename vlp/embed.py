@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from data_pipelines.ledger import Ledger
 from data_pipelines.preprocess import load_image
 from data_pipelines.reader import Sample, Shard, open_shards
 from data_pipelines.records import MANIFEST
+from data_pipelines.stream import cut, in_blocks
 from vlp.bundle import WEIGHTS, Bundle, find_bundle
 from vlp.embed_files import INFO, EmbedInfo, metadata_table, own_caption, read_embed_info
 from vlp.infer import encode_pixels, encode_texts
@@ -73,16 +73,15 @@ def embed_shards(
     digits = len(str(len(shards)))  # clip-retrieval: floor(log10(parts)) + 1
     ledger = Ledger()
     rows = reused = 0
-    with ThreadPoolExecutor(max(2, torch.get_num_threads())) as pool:
-        for number, shard in enumerate(shards):
-            name = f"{number:0{digits}d}"
-            table = out / "metadata" / f"metadata_{name}.parquet"
-            if table.is_file():
-                reused += 1
-                progress(len(shard))
-            else:
-                _embed_part(bundle, shard, out, name, np.dtype(dtype), ledger, pool, progress, max_pixels)
-            rows += pq.read_metadata(table).num_rows
+    for number, shard in enumerate(shards):
+        name = f"{number:0{digits}d}"
+        table = out / "metadata" / f"metadata_{name}.parquet"
+        if table.is_file():
+            reused += 1
+            progress(len(shard))
+        else:
+            _embed_part(bundle, shard, out, name, np.dtype(dtype), ledger, progress, max_pixels)
+        rows += pq.read_metadata(table).num_rows
     if not rows:
         raise PipelineError(f"{data}: not one sample could be embedded ({dict(ledger.quarantined)})")
     return EmbedResult(rows=rows, parts=len(shards), reused=reused, skipped=dict(ledger.quarantined))
@@ -109,22 +108,20 @@ def _embed_part(
     name: str,
     dtype: np.dtype[Any],
     ledger: Ledger,
-    pool: ThreadPoolExecutor,
     progress: Callable[[int], None],
     max_pixels: int,
 ) -> None:
     image_rows = [np.empty((0, bundle.dim), np.float32)]
     text_rows = [np.empty((0, bundle.dim), np.float32)]
     samples: list[Sample] = []
-    for start in range(0, len(shard), BATCH):
-        numbers = range(start, min(start + BATCH, len(shard)))
-        decoded = list(pool.map(lambda row: _decode(shard, row, bundle, max_pixels), numbers))
+    threads = max(2, torch.get_num_threads())
+    for decoded in in_blocks(lambda row: _decode(shard, row, bundle, max_pixels), cut(len(shard), BATCH), threads):
         good = list(_account(decoded, ledger))
         if good:
             image_rows.append(encode_pixels(bundle, torch.stack([pixels for _, pixels in good])).numpy())
             text_rows.append(encode_texts(bundle, [own_caption(sample) for sample, _ in good]).numpy())
             samples.extend(sample for sample, _ in good)
-        progress(len(numbers))
+        progress(len(decoded))
     for stem, rows in (("img_emb", image_rows), ("text_emb", text_rows)):
         array = np.concatenate(rows).astype(dtype)
         write_atomic(out / stem / f"{stem}_{name}.npy", lambda stream, array=array: np.save(stream, array))  # type: ignore[misc]

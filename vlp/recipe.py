@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from data_pipelines.config import StrictModel, explain
 from data_pipelines.errors import ConfigError
 from data_pipelines.loader import DataConfig
+from data_pipelines.shard_set import Train
+from vlp.evals import check_options
 from vlp.models import ModelConfig
 from vlp.objectives import base as objectives
 from vlp.optim import OptimConfig
@@ -36,9 +38,22 @@ class EvalConfig(StrictModel):
     name: str
     """Prefix of its metrics."""
     task: str = "retrieval"
-    data: Path
-    every: int = 0
+    data: Train
+    """Shards, as for `data.train`."""
+    every: int = Field(0, ge=0)
     """Steps between evaluations; 0 = only at the end."""
+    options: dict[str, Any] = {}
+    """Options of the task: those of its `Config` in `vlp/evals`."""
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+    @model_validator(mode="after")
+    def _known_options(self) -> "EvalConfig":
+        check_options(self.task, self.options)
+        return self
 
 
 class RunConfig(StrictModel):
