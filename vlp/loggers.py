@@ -180,11 +180,11 @@ class Loggers:
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries and lists as one level of dotted keys."""
+    """Nested dictionaries, and lists of them, as one level of dotted keys."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
-        if isinstance(value, list):
-            value = {str(number): item for number, item in enumerate(value)} or "[]"
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            value = {str(number): item for number, item in enumerate(value)}
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
 

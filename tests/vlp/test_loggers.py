@@ -166,7 +166,7 @@ def test_unknown_and_missing_loggers_are_refused_before_training(tmp_path: Path,
 
 
 def test_settings_are_flattened() -> None:
-    assert flat({"a": {"b": 1, "c": []}, "d": [{"e": None}, 2]}) == {"a.b": 1, "a.c": "[]", "d.0.e": None, "d.1": 2}
+    assert flat({"a": {"b": 1, "c": [1, 2]}, "d": [{"e": None}]}) == {"a.b": 1, "a.c": [1, 2], "d.0.e": None}
 
 
 def test_the_bar_says_speed_wait_and_utilisation() -> None:

@@ -1,4 +1,4 @@
-"""`vlp eval` and `vlp export`."""
+"""`vlp eval`."""
 
 from pathlib import Path
 
@@ -30,18 +30,3 @@ def evaluate(bundle: Path, data: Path, task: str, device: str, as_json: bool) ->
     metrics = evals.evaluate(load_bundle(bundle, pick_device(device)), task, data)
     result = {"bundle": str(bundle), "data": str(data), "task": task, "metrics": metrics}
     emit(result, as_json, [f"{name:32} {value:.4f}" for name, value in metrics.items()])
-
-
-@command(epilog="Example: vlp export runs/demo --format open_clip --out exported")
-@click.argument("bundle", type=FOLDER)
-@click.option("--format", "form", type=click.Choice(["open_clip"]), default="open_clip", show_default=True)
-@click.option("--out", type=FOLDER, required=True, help="New folder.")
-@json_option
-def export(bundle: Path, form: str, out: Path, as_json: bool) -> None:
-    """Write BUNDLE so that open_clip loads it as `local-dir:DIR` with the same features."""
-    from vlp.bundle import load_bundle
-    from vlp.export import export_open_clip
-
-    folder = export_open_clip(load_bundle(bundle), out)
-    use = f'open_clip.create_model_and_transforms("local-dir:{folder}")'
-    emit({"format": form, "out": str(folder), "use": use}, as_json, [f"wrote {folder}", f"use it: {use}"])
