@@ -151,8 +151,8 @@ def open_clip_preprocess(image: ImageConfig) -> dict[str, Any]:
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """tokenizer.json and tokenizer_config.json, from which transformers, tokenizers and open_clip get our ids.
 
-    No file can say that mojibake and HTML entities are repaired first. Padding differs with CLIP's own vocabulary, where
-    it goes by the entry `!`: a pad token would be cut out of every text, so the end token stands in for it.
+    No file can say that mojibake and HTML entities are repaired first. CLIP's own vocabulary pads with the id of `!`,
+    and a pad token is cut out of every text, so there the end token is named instead.
     """
     vocabulary = json.loads(tokenizer.vocabulary)
     if tokenizer.config.lower and vocabulary["normalizer"] is None:

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 Rows = Sequence[Mapping[str, float]]
 """Lines of metrics.jsonl or evals.jsonl; each has its `step`."""
@@ -115,7 +115,12 @@ def _points(rows: Rows, key: str) -> list[tuple[float, float]]:
 
 
 def _line(
-    axis: Axes, points: Sequence[tuple[float, float]], colour: str, label: str = "", marker: str = "", mean: bool = False
+    axis: Axes,
+    points: Sequence[tuple[float, float]],
+    colour: str,
+    label: str = "",
+    marker: str = "",
+    mean: bool = False,
 ) -> None:
     xs, ys = [x for x, _ in points], np.array([y for _, y in points], dtype=float)
     if not mean or len(points) < SMOOTH:
@@ -145,6 +150,4 @@ def _dress(axis: Axes, unit: str) -> None:
     axis.grid(alpha=0.25)
     axis.margins(x=0.02)
     axis.xaxis.set_major_locator(MaxNLocator(6))
-    for side in (axis.xaxis, axis.yaxis):
-        if isinstance(side.get_major_formatter(), ScalarFormatter):
-            side.get_major_formatter().set_powerlimits((-3, 5))
+    axis.ticklabel_format(scilimits=(-3, 5))

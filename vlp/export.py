@@ -53,9 +53,7 @@ def _open_clip(bundle: Bundle, folder: Path, final: Path) -> dict[str, Any]:
     return {"use": USE_OPEN_CLIP.format(folder=final)}
 
 
-def _publish(
-    bundle: Bundle, out: Path, library: str, write: Callable[[Path, Path], dict[str, Any]]
-) -> dict[str, Any]:
+def _publish(bundle: Bundle, out: Path, library: str, write: Callable[[Path, Path], dict[str, Any]]) -> dict[str, Any]:
     """Run `write(temporary folder, final folder)`, add a model card, rename."""
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

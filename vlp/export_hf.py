@@ -219,7 +219,7 @@ def _check(bundle: Bundle, folder: Path) -> dict[str, float]:
     """Highest difference of normalised features over random pictures and the probes, tokenized by transformers."""
     from transformers import AutoTokenizer, CLIPModel
 
-    model = CLIPModel.from_pretrained(folder).eval()
+    model: Any = CLIPModel.from_pretrained(folder)  # in eval mode
     length = bundle.tokenizer.config.context_length
     tokens = AutoTokenizer.from_pretrained(folder)(
         list(PROBES), padding="max_length", truncation=True, max_length=length, return_tensors="pt"

@@ -1,9 +1,9 @@
 """image.onnx and text.onnx: L2-normalised embeddings, any batch size, checked against torch right after the export.
 
 Inputs and outputs carry the names that runtimes of CLIP exports feed and read (transformers.js, fastembed, Optimum):
-`pixel_values` float32 BCHW, normalised as preprocessor_config.json says, to `image_embeds`; `input_ids` int64 BL, padded
-to the context length, to `text_embeds`. Written by torch's present exporter, which needs onnxscript (extra `onnx`); the
-one without it (dynamo=False) is deprecated.
+`pixel_values` float32 BCHW, normalised with the mean and std of preprocess.json, to `image_embeds`; `input_ids` int64
+BL, padded to the context length, to `text_embeds`. Written by torch's present exporter, which needs onnxscript (extra
+`onnx`); the one that does not (dynamo=False) is deprecated.
 """
 
 import importlib.util
@@ -62,7 +62,9 @@ def write(bundle: Bundle, folder: Path, final: Path) -> dict[str, Any]:
         _export(_Encode(bundle.model, f"encode_{name}"), inputs, path, argument, f"{name}_embeds")
         differences[name] = _difference(path, argument, inputs, expected)
     if max(differences.values()) > TOLERANCE:
-        raise BundleError(f"--format onnx: onnxruntime's features differ by {differences}, at most {TOLERANCE} is right")
+        raise BundleError(
+            f"--format onnx: onnxruntime's features differ by {differences}, at most {TOLERANCE} is right"
+        )
     write_inputs(bundle, folder)
     return {"use": USE.format(folder=final), "opset": OPSET, "max_abs_difference": differences}
 

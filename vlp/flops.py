@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ class StepFlops:
         self._model.encode_image(torch.empty(1, 3, side, side, device="meta"))  # type: ignore[operator]
 
     def _text(self, length: int) -> None:
-        tower = getattr(self._model, "text", None)
+        tower: Any = getattr(self._model, "text", None)
         if tower is None:  # open_clip's CLIP, whose text has always its full length
             length = int(self._model.context_length)  # type: ignore[arg-type]
         tokens = torch.zeros(1, length, dtype=torch.int64, device="meta")

@@ -46,16 +46,16 @@ class TensorBoard:
 
         # rows that a killed run wrote after its last checkpoint are hidden: they come again
         purge = first if resumed else None
-        self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge, flush_secs=20)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge, flush_secs=20)
 
     def write(self, values: Mapping[str, float], step: int) -> None:
         """One scalar each."""
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, step)
 
     def close(self, state: str) -> None:
         """Flush and close the file."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class Wandb:
@@ -116,12 +116,10 @@ class Mlflow:
 
     def close(self, state: str) -> None:
         """Mark the run FINISHED, KILLED (interrupted) or FAILED."""
-        self._client.set_terminated(
-            self._run, {"finished": "FINISHED", "interrupted": "KILLED"}.get(state, "FAILED")
-        )
+        self._client.set_terminated(self._run, {"finished": "FINISHED", "interrupted": "KILLED"}.get(state, "FAILED"))
 
 
-BACKENDS = {TENSORBOARD: TensorBoard, "wandb": Wandb, "mlflow": Mlflow}
+BACKENDS: dict[str, Callable[[Path, int, bool], Backend]] = {TENSORBOARD: TensorBoard, "wandb": Wandb, "mlflow": Mlflow}
 """Name in `run.loggers`, which is also the name of the package and of our extra -> class."""
 
 
@@ -129,11 +127,11 @@ class Loggers:
     """The dashboards of one run, behind one call. Opens nothing before the first row."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        """Raises ConfigError for an unknown logger and for one whose package is missing."""
+        """Raises ConfigError for an unknown logger and for one whose package is missing, unless it is the default."""
         for name in names:
             if name not in BACKENDS:
                 raise ConfigError(f"run.loggers: {name!r} is unknown; known: {', '.join(BACKENDS)}")
-            if importlib.util.find_spec(name) is None:
+            if name != TENSORBOARD and importlib.util.find_spec(name) is None:
                 raise ConfigError(
                     f"run.loggers: {name!r} needs a package that is not installed: pip install 'vlp[{name}]', "
                     "or leave it out of run.loggers"
@@ -167,6 +165,8 @@ class Loggers:
 
     def _start(self, name: str, step: int) -> None:
         assert self._open is not None
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"not installed; pip install {name}, or leave it out of run.loggers")
         self._open[name] = BACKENDS[name](self._folder, step, bool(self._seen))
 
     def _guarded(self, name: str, action: Callable[..., None], *arguments: Any) -> None:

@@ -133,7 +133,16 @@ def draw(result: Mapping[str, Any]) -> Figure:
         width = 1e3 * value["seconds"]
         mean.barh(0, width, left=left, color=COLOURS[name], height=0.8)
         if value["share"] > 0.06:
-            mean.text(left + width / 2, 0, f"{name}\n{100 * value['share']:.0f} %", ha="center", va="center", fontsize=8)
+            ink = "black" if name in ("log", OTHER) else "white"
+            mean.text(
+                left + width / 2,
+                0,
+                f"{name}\n{100 * value['share']:.0f} %",
+                ha="center",
+                va="center",
+                color=ink,
+                fontsize=8,
+            )
         left += width
     mean.set(yticks=[], xlim=(0, left), xlabel="milliseconds, mean step")
     places = range(1, len(result["rows"]) + 1)

@@ -1,7 +1,8 @@
 """report.html of a run, self-contained, with the same pictures as PNG files beside it.
 
-Curves of training and of the evaluations, a sheet of text queries with the pictures they find, and a sheet of pictures with
-the captions they find. Queries are drawn at random under a fixed seed, so mistakes appear as often as they happen.
+Curves of training and of the evaluations, a sheet of text queries with the pictures they find, and a sheet of
+pictures with the captions they find. Queries are drawn at random under a fixed seed, so mistakes appear as often as
+they happen.
 """
 
 import base64

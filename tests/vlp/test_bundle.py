@@ -61,7 +61,7 @@ def test_open_clip_loads_the_export_with_equal_features(tmp_path: Path) -> None:
 
 
 def test_open_clip_reads_clips_own_vocabulary_from_the_export(tmp_path: Path) -> None:
-    """Capitals and the exclamation mark, whose id is CLIP's padding, included; behind the end token anything may stand."""
+    """Capitals and the exclamation mark, whose entry CLIP pads with, included; what pads behind the end is free."""
     micro = micro_bundle()
     tokenizer = clip_tokenizer(20)
     config = {**micro.model_cfg, "text_cfg": {**micro.model_cfg["text_cfg"], "vocab_size": 49408, "context_length": 20}}

@@ -1,4 +1,4 @@
-"""Exports: other libraries load what was written and compute the same features; what does not fit is refused by name."""
+"""Exports: other libraries load what was written and compute the same features; what does not fit is refused."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def hf_features(folder: Path, bundle: Bundle) -> tuple[torch.Tensor, torch.Tenso
     """Normalised features of our pixels and our texts, tokenized by theirs, as a user of transformers computes them."""
     from transformers import CLIPModel, CLIPProcessor
 
-    model, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
+    model, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)  # in eval mode
     pixels = torch.stack([load_image(data, bundle.image) for data in PICTURES])
     tokens = processor(text=list(WORDS), padding=True, truncation=True, return_tensors="pt")
     with torch.inference_mode():
@@ -77,12 +77,15 @@ def test_the_pooled_token_is_the_end_even_where_a_text_is_cut(tmp_path: Path) ->
         texts, padding="max_length", truncation=True, return_tensors="pt"
     )
     assert torch.equal(theirs["input_ids"], bundle.tokenizer(texts))
-    assert theirs["input_ids"][0, -1] == json.loads((tmp_path / "hf" / "config.json").read_text())["text_config"]["eos_token_id"]
+    assert (
+        theirs["input_ids"][0, -1]
+        == json.loads((tmp_path / "hf" / "config.json").read_text())["text_config"]["eos_token_id"]
+    )
 
 
 @pytest.mark.parametrize("resize", ["shortest", "squash"])
 def test_the_processor_prepares_pictures_as_we_do(resize: str, tmp_path: Path) -> None:
-    """Up to rounding: theirs resizes with its own filter and rounds to whole grey levels as well (1/255 is 0.015 here)."""
+    """Up to two grey levels: theirs resizes with a filter of its own and rounds; a level is 0.015 here."""
     from transformers import CLIPProcessor
 
     bundle = made(image={"resize": resize})

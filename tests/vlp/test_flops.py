@@ -18,7 +18,7 @@ def test_a_linear_layer_costs_two_flops_per_weight_and_sample() -> None:
 
 
 def block_flops(tokens: int, width: int) -> int:
-    """A transformer block by hand: q, k, v and output 4 * T * W * W multiply-adds, the MLP of factor four 8 * T * W * W,
+    """A block by hand, in multiply-adds: q, k, v and output 4 * T * W * W, the MLP of factor four 8 * T * W * W,
     scores and weighted sum T * T * W each."""
     return 2 * (12 * tokens * width**2 + 2 * tokens**2 * width)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.errors import ConfigError
-from vlp.loggers import flat
+from vlp.loggers import BACKENDS, TensorBoard, flat
 from vlp.recipe import Recipe, dump
 from vlp.runlog import RunLog, bar_note
 
@@ -157,12 +157,25 @@ def test_a_dashboard_that_fails_is_switched_off_and_named(tmp_path: Path, caplog
     assert "tensorboard is switched off" in message
 
 
-def test_unknown_and_missing_loggers_are_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_and_missing_loggers_are_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match=r"'comet' is unknown; known: tensorboard, wandb, mlflow"):
         RunLog(tmp_path, ["comet"])
-    monkeypatch.setitem(__import__("vlp.loggers").loggers.BACKENDS, "no_such_package", object)
+    monkeypatch.setitem(BACKENDS, "no_such_package", TensorBoard)
     with pytest.raises(ConfigError, match=r"pip install 'vlp\[no_such_package\]'"):
         RunLog(tmp_path, ["no_such_package"])
+
+
+def test_without_tensorboard_the_run_goes_on_and_the_log_says_once_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    runlog = RunLog(tmp_path)
+    metrics(runlog, range(1, 4))
+    assert len(runlog.rows("metrics.jsonl")) == 3
+    (message,) = [record.message for record in caplog.records if record.name == "vlp.loggers"]
+    assert "pip install tensorboard" in message
 
 
 def test_settings_are_flattened() -> None:

@@ -9,7 +9,7 @@ from vlp.phases import OTHER, Recorder, phase, recording
 
 
 def test_every_moment_belongs_to_the_innermost_phase_and_the_sum_is_the_wall_time() -> None:
-    """0.02 s data, then a 0.05 s loss with 0.03 s of gather inside it (0.02 s its own), then 0.02 s of nothing named."""
+    """0.02 s of data, a loss of 0.05 s with 0.03 s of gather in it (0.02 s its own), 0.02 s of nothing named."""
     recorder = Recorder()
     begun = time.perf_counter()
     with recording(recorder):

@@ -37,4 +37,6 @@ def export(bundle: Path, form: str, out: Path, as_json: bool) -> None:
     if "max_abs_difference" in result:
         found = ", ".join(f"{name} {value:.1e}" for name, value in result["max_abs_difference"].items())
         lines.append(f"loaded again and compared; highest difference of a feature: {found}")
-    emit({"format": form, **result}, as_json, [*lines, "use it:", *(f"  {line}" for line in result["use"].splitlines())])
+    emit(
+        {"format": form, **result}, as_json, [*lines, "use it:", *(f"  {line}" for line in result["use"].splitlines())]
+    )

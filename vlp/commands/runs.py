@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from data_pipelines.console import Group, command, emit, json_option
+from data_pipelines.console import Group, emit, json_option
 
 FOLDER = click.Path(path_type=Path)
 
@@ -37,7 +37,11 @@ def ls(folder: Path, as_json: bool) -> None:
         for info in found
     ]
     head = ("run", "steps", "state", "loss", "metrics", "time", "recipe")
-    emit({"runs": [asdict(info) for info in found]}, as_json, columns([head, *rows]) if rows else [f"no runs in {folder}"])
+    emit(
+        {"runs": [asdict(info) for info in found]},
+        as_json,
+        columns([head, *rows]) if rows else [f"no runs in {folder}"],
+    )
 
 
 @runs.command(
