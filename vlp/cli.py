@@ -45,7 +45,7 @@ def cli(verbose: bool) -> None:
         force=True,
     )
     if not verbose:
-        for name in ("httpx", "timm", "open_clip"):
+        for name in ("httpx", "timm", "open_clip", "onnxscript", "onnx_ir"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -188,7 +188,10 @@ def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_inputs(bundle: Bundle, folder: Path) -> None:
-    """Tokenizer files, `preprocessor_config.json` where one can say it, and our own account in `preprocess.json`."""
+    """Tokenizer files, `preprocessor_config.json` where one can say it, and our own account in `preprocess.json`.
+
+    Not said there: transparent pictures stand on `image.ground` with us; transformers drops the alpha channel.
+    """
     write_tokenizer(bundle.tokenizer, folder)
     own = {"image": bundle.image.model_dump(mode="json"), "tokenizer": bundle.tokenizer.config.model_dump(mode="json")}
     (folder / "preprocess.json").write_text(json.dumps(own, indent=2), encoding="utf-8")

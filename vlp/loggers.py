@@ -90,7 +90,6 @@ class Mlflow:
         from mlflow.entities import Metric, Param
         from mlflow.tracking import MlflowClient
 
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         store = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder.absolute().parent / 'mlflow.db'}")
         self._client, self._metric = MlflowClient(tracking_uri=store), Metric
         self._run = _remember(folder, "mlflow", lambda: self._create(folder))
