@@ -12,9 +12,9 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 MAY_USE: dict[str, tuple[str, ...]] = {
     "data_pipelines": ("ray",),
-    "vlp": (),
+    "vlp": ("wandb", "mlflow", "onnx"),
     "server": ("serve",),
-    "tests": ("serve", "dev"),
+    "tests": ("serve", "dev", "wandb", "mlflow", "onnx"),
 }
 """Top folder -> extras whose packages it may import, beside the core dependencies."""
 

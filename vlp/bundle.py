@@ -23,7 +23,7 @@ from data_pipelines.config import StrictModel, explain
 from data_pipelines.errors import BundleError, ConfigError
 from data_pipelines.files import fsync_dir, sha256_file
 from data_pipelines.preprocess import ImageConfig
-from data_pipelines.tokens import Tokenizer, TokenizerConfig, clip_tokenizer
+from data_pipelines.tokens import END, START, Tokenizer, TokenizerConfig, clip_tokenizer
 from vlp.models import ModelDict, hf_folder, instantiate, write_timm_config
 from vlp.models.folders import CONFIG as CONFIG
 from vlp.models.folders import IMAGE_TOWER, TEXT_TOWER, is_hf_clip, model_cfg_of, read_json
@@ -131,8 +131,7 @@ def write_open_clip(bundle: Bundle, folder: Path, final: Path) -> None:
     )
     config = {"model_cfg": model_cfg, "preprocess_cfg": open_clip_preprocess(bundle.image)}
     (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-    (folder / VOCABULARY).write_text(bundle.tokenizer.vocabulary, encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(_hf_tokenizer_config(bundle.tokenizer)), encoding="utf-8")
+    write_tokenizer(bundle.tokenizer, folder)
     weights = {key: value.detach().cpu().contiguous() for key, value in bundle.model.state_dict().items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / WEIGHTS).chmod(0o644)  # safetensors makes it 0600, and another user may be the one who serves it
@@ -150,16 +149,28 @@ def open_clip_preprocess(image: ImageConfig) -> dict[str, Any]:
     }
 
 
-def _hf_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """tokenizer.json and tokenizer_config.json, from which transformers, tokenizers and open_clip get our ids.
+
+    No file can say that mojibake and HTML entities are repaired first. CLIP's own vocabulary pads with the id of `!`,
+    and a pad token is cut out of every text, so there the end token is named instead.
+    """
     vocabulary = json.loads(tokenizer.vocabulary)
-    ids = {**vocabulary["model"]["vocab"], **{item["content"]: item["id"] for item in vocabulary["added_tokens"]}}
-    pad = next(entry for entry, number in ids.items() if number == tokenizer.config.pad_id)
-    return {
+    if tokenizer.config.lower and vocabulary["normalizer"] is None:
+        vocabulary["normalizer"] = {"type": "Lowercase"}  # CLIP's is lower-cased before it reaches the library
+    (folder / VOCABULARY).write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    special = {item["content"]: item["id"] for item in vocabulary["added_tokens"]}
+    entries = {**vocabulary["model"]["vocab"], **special}
+    named = {name: entry for name, entry in (("bos_token", START), ("eos_token", END)) if entry in entries}
+    pad = next(entry for entry, number in entries.items() if number == tokenizer.config.pad_id)
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": pad,
+        "pad_token": pad if pad in special else named.get("eos_token", pad),
+        **named,
         "model_max_length": tokenizer.config.context_length,
         "clean_up_tokenization_spaces": False,
     }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def pick_device(name: str) -> torch.device:

@@ -15,7 +15,9 @@ COMMANDS = {
     "recipes": ("vlp.commands.train:recipes", "List, show or copy the recipes that come with vlp."),
     "objectives": ("vlp.commands.train:objectives", "List the training objectives."),
     "eval": ("vlp.commands.model:evaluate", "Evaluate a bundle on shards."),
-    "export": ("vlp.commands.model:export", "Write a bundle in another project's format."),
+    "export": ("vlp.commands.export:export", "Write a bundle in another project's format."),
+    "runs": ("vlp.commands.runs:runs", "List runs, or compare some of them."),
+    "profile": ("vlp.commands.profile:profile", "Show where the time of a training step goes."),
     "embed": ("vlp.commands.embed:embed", "Embed the pictures and captions of shards into a folder of arrays."),
     "index": ("server.cli:index", "Build a search index from an embed folder."),
     "serve": ("server.cli:serve", "Serve a bundle over HTTP."),
@@ -43,7 +45,7 @@ def cli(verbose: bool) -> None:
         force=True,
     )
     if not verbose:
-        for name in ("httpx", "timm", "open_clip"):
+        for name in ("httpx", "timm", "open_clip", "onnxscript", "onnx_ir"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
 

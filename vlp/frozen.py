@@ -20,6 +20,7 @@ from data_pipelines.loader import VIEWS, Loader, LoaderState
 from data_pipelines.preprocess import normalise
 from data_pipelines.stream import Decoded
 from vlp.models import trunk_of
+from vlp.phases import phase
 
 CHUNK = 64
 
@@ -39,11 +40,13 @@ class FrozenHeads(nn.Module):
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """BF trunk features to BD."""
-        return _maybe_normalise(self.image_head(image), normalize)
+        with phase("forward_image"):
+            return _maybe_normalise(self.image_head(image), normalize)
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """BF trunk features to BD."""
-        return _maybe_normalise(self.text_head(text), normalize)
+        with phase("forward_text"):
+            return _maybe_normalise(self.text_head(text), normalize)
 
 
 def _maybe_normalise(features: Tensor, normalise_them: bool) -> Tensor:

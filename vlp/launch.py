@@ -4,7 +4,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,8 +15,10 @@ PATIENCE = 60
 
 
 @contextmanager
-def local_ranks(count: int, folder: Path, resume: bool) -> Iterator[None]:
+def local_ranks(count: int, folder: Path, resume: bool, command: Sequence[str] = ()) -> Iterator[None]:
     """This process becomes rank 0 of `count`; the others run `vlp train` on the recipe that stands in `folder`.
+
+    `command`: what they run instead, as arguments of `vlp`.
 
     Nothing happens for a single rank, nor below torchrun, which has started all ranks already.
     """
@@ -27,10 +29,10 @@ def local_ranks(count: int, folder: Path, resume: bool) -> Iterator[None]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-m", "vlp", "train", str(folder / "recipe.yaml"), "--run-dir", str(folder)]
+    command = command or ["train", str(folder / "recipe.yaml"), "--run-dir", str(folder), *["--resume"] * resume]
     others = [
         subprocess.Popen(
-            [*command, *(["--resume"] if resume else [])],
+            [sys.executable, "-m", "vlp", *command],
             env={**os.environ, **shared, "RANK": str(rank)},
             stdout=subprocess.DEVNULL,
         )

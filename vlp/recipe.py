@@ -25,8 +25,9 @@ from vlp.optim import OptimConfig
 class TokenizerChoice(StrictModel):
     """Where token ids come from."""
 
-    kind: Literal["clip", "learn", "hf"] = "clip"
-    """clip: OpenAI CLIP's vocabulary. learn: a small one from the training captions. hf: the text tower's own."""
+    kind: Literal["clip", "learn", "hf", "weights"] = "clip"
+    """clip: OpenAI CLIP's vocabulary. learn: a small one from the training captions. hf: the text tower's own.
+    weights: the one that comes with model.weights."""
     vocab_size: int = 4096
     """Size for `learn`."""
     context_length: int = 77
@@ -80,6 +81,8 @@ class RunConfig(StrictModel):
     sizes: dict[float, int] = {}
     """Progressive resizing: share of the run -> side of the training pictures until then; afterwards full size."""
     log_every: int = Field(10, ge=1)
+    loggers: tuple[str, ...] = ("tensorboard",)
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb, mlflow."""
     save_every: int = Field(200, ge=0)
     """Steps between checkpoints; 0 = none by steps. One is always written at the end and when interrupted."""
     save_minutes: float = Field(0.0, ge=0)

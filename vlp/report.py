@@ -1,7 +1,8 @@
 """report.html of a run, self-contained, with the same pictures as PNG files beside it.
 
-Curves of the loss and the metrics, a sheet of text queries with the pictures they find, and a sheet of pictures with
-the captions they find. Queries are drawn at random under a fixed seed, so mistakes appear as often as they happen.
+Curves of training and of the evaluations, a sheet of text queries with the pictures they find, and a sheet of
+pictures with the captions they find. Queries are drawn at random under a fixed seed, so mistakes appear as often as
+they happen.
 """
 
 import base64
@@ -23,6 +24,7 @@ from data_pipelines.images import MAX_PIXELS
 from data_pipelines.ledger import Ledger
 from data_pipelines.stream import iterate
 from vlp.bundle import Bundle, load_bundle
+from vlp.curves import eval_curves, is_share, natural, training_curves
 from vlp.infer import encode_pixels, encode_texts
 from vlp.runlog import RunLog
 
@@ -56,7 +58,10 @@ def write_report(folder: Path, data: Path | None = None, commands: Sequence[str]
     bundle = load_bundle(folder)
     evals = bundle.provenance.recipe.get("evals") or []
     data = data or (Path(evals[0]["data"]) if evals else None)
-    figures = {"curves": curves(runlog.rows("metrics.jsonl"), runlog.rows("evals.jsonl"))}
+    figures = {"curves": training_curves(runlog.rows("metrics.jsonl"))}
+    evaluation = eval_curves(runlog.rows("evals.jsonl"))
+    if evaluation is not None:
+        figures["evaluation"] = evaluation
     if data is not None:
         gallery = load_gallery(bundle, data)
         figures |= {"text_queries": text_sheet(gallery), "picture_queries": picture_sheet(gallery)}
@@ -70,32 +75,6 @@ def write_report(folder: Path, data: Path | None = None, commands: Sequence[str]
     page = _page(bundle, summary, images, str(data) if data else "", commands or summary.get("commands", []))
     (folder / "report.html").write_text(page, encoding="utf-8")
     return folder / "report.html"
-
-
-def curves(metrics: Sequence[Mapping[str, float]], evals: Sequence[Mapping[str, float]]) -> Figure:
-    """Loss, learning rate and logit scale, and every R@k or accuracy over the steps."""
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    steps = [row["step"] for row in metrics]
-    for name, label in (("loss", "loss"), ("image_to_text", "image to text"), ("text_to_image", "text to image")):
-        if metrics and name in metrics[0]:
-            left.plot(steps, [row[name] for row in metrics], label=label, linewidth=2 if name == "loss" else 1)
-    left.set_title("training loss")
-    middle.plot(steps, [row["logit_scale"] for row in metrics], color="#8e5bd0")
-    middle.set_title("logit scale")
-    names = sorted({key for row in evals for key in row if "/R@" in key or key.endswith(("top1", "top5"))})
-    for name in names:
-        points = [(row["step"], row[name]) for row in evals if name in row]
-        right.plot([x for x, _ in points], [100 * y for _, y in points], marker="o", markersize=3, label=name)
-    right.set_title("evaluation, %")
-    for axis in (left, right):
-        if axis.lines:
-            axis.legend(fontsize=7, frameon=False)
-    for axis in (left, middle, right):
-        axis.set_xlabel("step")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    return figure
 
 
 def load_gallery(bundle: Bundle, data: Path) -> Gallery:
@@ -185,7 +164,7 @@ def _page(
     provenance = bundle.provenance
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td class=n>{_figure(name, value)}</td></tr>"
-        for name, value in summary["metrics"].items()
+        for name, value in sorted(summary["metrics"].items(), key=lambda item: natural(item[0]))
     )
     facts = {
         "trained": f"{summary['steps']} steps, {summary['samples']:,} samples, {summary['train_seconds']} s",
@@ -210,5 +189,4 @@ def _page(
 
 
 def _figure(name: str, value: float) -> str:
-    share = "R@" in name or name.endswith(("top1", "top5"))
-    return f"{100 * value:.1f} %" if share else f"{value:,.1f}"
+    return f"{100 * value:.1f} %" if is_share(name) else f"{value:,.1f}"

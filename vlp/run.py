@@ -15,11 +15,11 @@ from data_pipelines.loader import Loader, make_loader, open_set
 from data_pipelines.stream import stored
 from data_pipelines.tokens import Tokenizer, TokenizerConfig, clip_tokenizer, learn_tokenizer
 from vlp import __version__, distributed
-from vlp.bundle import VOCABULARY, Bundle, Provenance, pick_device
+from vlp.bundle import VOCABULARY, Bundle, Provenance, check_start, load_tokenizer, pick_device
 from vlp.checkpoint import Saver, load_latest
 from vlp.frozen import FeatureLoader, FrozenHeads, trunks_frozen
 from vlp.guard import Guard
-from vlp.models import build_model, hf_folder, resolve_config, trunk_of
+from vlp.models import build_model, hf_folder, locking, resolve_config
 from vlp.models.text import TrimmedText
 from vlp.objectives import base as objectives
 from vlp.optim import Ema, build_optimizer, load_optimizer, optimizer_settings, optimizer_tensors
@@ -71,6 +71,11 @@ def make_tokenizer(recipe: Recipe) -> Tokenizer:
         samples = stored(open_set(recipe.data), Ledger(recipe.data.max_bad_share))
         texts = (text for _, sample in samples for text in (*sample.captions, *sample.labels))
         return learn_tokenizer(texts, choice.vocab_size, choice.context_length)
+    if choice.kind == "weights":
+        if recipe.model.weights is None:
+            raise ConfigError("tokenizer.kind='weights' needs model.weights, whose tokenizer it takes")
+        known = load_tokenizer(Path(recipe.model.weights))
+        return Tokenizer(known.vocabulary, known.config.model_copy(update={"context_length": choice.context_length}))
     name = resolve_config(recipe.model)["text_cfg"].get("hf_model_name")
     if name is None:
         raise ConfigError("tokenizer.kind='hf' needs a Hugging Face text tower (text_cfg.hf_model_name)")
@@ -88,19 +93,24 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
     torch.manual_seed(recipe.run.seed)
     device = pick_device(recipe.run.device)
     tokenizer = make_tokenizer(recipe)
-    choice = recipe.tokenizer
-    model, model_cfg = build_model(recipe.model, recipe.data.image.size, choice.context_length, tokenizer.vocab_size)
+    image, choice = recipe.data.image, recipe.tokenizer
+    if recipe.model.weights:
+        check_start(recipe.model.weights, tokenizer, image)
+    sizes = (image.size, choice.context_length, tokenizer.vocab_size, image.channels)
+    model, model_cfg = build_model(recipe.model, *sizes)
     scale = float(model.logit_scale.detach())  # type: ignore[operator]
     model = _place(model, recipe, device)
     module, options = objectives.load(recipe.objective)
     objective = module.build(options, objectives.Dims(int(model_cfg["embed_dim"]), scale)).to(device)
     loader = make_loader(recipe.data, tokenizer, recipe.run.seed, rank, world)
+    locking.apply(model, recipe.model, 1.0)  # what thaws later is no frozen trunk
     frozen = trunks_frozen(model)
+    locking.apply(model, recipe.model, 0.0)
     total = recipe.run.steps or max(1, round((recipe.run.epochs or 0) * loader.plan.steps))
     loader.side_at = lambda step: picture_side(recipe, step / total)
     return Run(
         recipe=recipe,
-        log=RunLog(folder),
+        log=RunLog(folder, recipe.run.loggers),
         model=model,
         model_cfg=model_cfg,
         tokenizer=tokenizer,
@@ -225,12 +235,3 @@ def current_bundle(run: Run) -> Bundle:
     )
     model = model.to(memory_format=torch.contiguous_format).float().eval()  # type: ignore[call-overload]
     return Bundle(run.folder.name, model, run.model_cfg, run.recipe.data.image, run.tokenizer, provenance)
-
-
-def set_training(model: nn.Module) -> None:
-    """Training mode, but frozen trunks keep theirs: their batch-norm statistics must not drift."""
-    model.train()
-    for tower in (getattr(model, "visual", None), getattr(model, "text", None)):
-        trunk = trunk_of(tower) if tower is not None else None
-        if trunk is not None and not any(p.requires_grad for p in trunk.parameters()):
-            trunk.eval()

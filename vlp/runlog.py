@@ -4,16 +4,22 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from vlp import distributed
+from vlp.loggers import TENSORBOARD, Loggers
+
+STATUS = "status.json"
+RunState = Literal["finished", "interrupted", "failed"]
+"""How a run can end by itself; one that was killed leaves `running` behind."""
 PACKAGES = (
     "torch",
     "open_clip_torch",
@@ -62,9 +68,12 @@ def environment(device: torch.device, data: Mapping[str, str]) -> dict[str, Any]
 
 
 class RunLog:
-    """Appends JSON lines to a run folder."""
+    """Appends JSON lines to a run folder and passes them on to the dashboards; rank 0 alone appends."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, loggers: Sequence[str] = (TENSORBOARD,)) -> None:
+        """`loggers`: names of vlp.loggers.BACKENDS; nothing is opened before the first row. Raises ConfigError."""
+        self._loggers = Loggers(folder, loggers)
+        self._running = False
         self.folder = folder
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
@@ -75,33 +84,63 @@ class RunLog:
         )
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
-        """Add one line to a JSON-lines file."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Add one line, with its `step`, to a JSON-lines file."""
+        if not self._running:
+            self._running = True
+            self.write(STATUS, {"state": "running", "pid": os.getpid(), "host": platform.node(), "since": now()})
         with (self.folder / name).open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._loggers.write(name, row)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """All lines of a JSON-lines file; empty where there is none."""
+        """All lines of a JSON-lines file; empty where there is none. A last line that a kill cut off is left out."""
         path = self.folder / name
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        found = []
+        for number, line in enumerate(lines, 1):
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                if number < len(lines):
+                    raise
+        return found
 
     def truncate(self, name: str, step: int) -> None:
         """Drop the lines after `step`: a resumed run writes them again."""
-        rows = [row for row in self.rows(name) if row["step"] <= step]
+        rows = self.rows(name)
+        if rows:
+            self._loggers.seen(name, rows[-1]["step"])
+        kept = [row for row in rows if row["step"] <= step]
         if (self.folder / name).is_file():
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
             (self.folder / name).write_text(text, encoding="utf-8")
+
+    def close(self, state: RunState, note: str = "") -> None:
+        """Note how the run ended and close the dashboards; does nothing on ranks above 0."""
+        if distributed.env_rank() > 0:
+            return
+        self._loggers.close(state)
+        self._running = False
+        self.write(STATUS, {"state": state, "time": now(), "note": note})
 
 
 def training_bar(enabled: bool) -> Progress:
-    """Progress on stderr with loss and speed; tasks carry the field `note`."""
+    """Progress on stderr with the time left; tasks carry the field `note`, made by `bar_note`."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
+        TextColumn("left"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         disable=not enabled,
     )
+
+
+def bar_note(loss: float, samples_per_second: float, data_wait: float, utilisation: float | None = None) -> str:
+    """`loss 1.234  456 samples/s  data 3 %  MFU 41.0 %`; `data_wait` and `utilisation` are shares 0..1."""
+    speed = f"{samples_per_second:,.0f}" if samples_per_second >= 10 else f"{samples_per_second:.1f}"
+    share = "" if utilisation is None else f"  MFU {100 * utilisation:.1f} %"
+    return f"loss {loss:.3f}  {speed} samples/s  data {100 * data_wait:.0f} %{share}"

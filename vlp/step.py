@@ -12,8 +12,10 @@ from data_pipelines.batch import Batch
 from data_pipelines.errors import PipelineError
 from data_pipelines.preprocess import normalise
 from vlp import distributed
+from vlp.models import locking
 from vlp.objectives.base import Features, LossOutput
 from vlp.optim import learning_rate, set_rate
+from vlp.phases import phase
 from vlp.run import Run
 
 log = logging.getLogger(__name__)
@@ -26,9 +28,12 @@ def train_step(run: Run, batch: Batch) -> dict[str, float]:
     """
     optim = run.recipe.optim
     run.optimizer.zero_grad(set_to_none=True)
-    output = backward(run, batch.to(run.device))
+    with phase("to_device"):
+        moved = batch.to(run.device)
+    output = backward(run, moved)
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    distributed.average_gradients(parameters)
+    with phase("gather"):
+        distributed.average_gradients(parameters)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, optim.grad_clip or float("inf")))
     loss = float(output.loss.detach())
     reason = run.guard.check(loss, norm)
@@ -36,12 +41,15 @@ def train_step(run: Run, batch: Batch) -> dict[str, float]:
     if reason:
         _refuse(run, batch, reason, loss)
     else:
-        set_rate(run.optimizer, rate)
-        run.optimizer.step()
-        _clamp_scale(run)
-        if run.ema is not None:
-            run.ema.update(run.model)
+        with phase("optimizer"):
+            set_rate(run.optimizer, rate)
+            run.optimizer.step()
+            _clamp_scale(run)
+            if run.ema is not None:
+                run.ema.update(run.model)
     run.step += 1
+    if locking.apply(run.model, run.recipe.model, run.step / run.total):
+        locking.set_training(run.model)
     parts = {name: float(value) for name, value in output.parts.items()}
     scale = math.exp(float(run.model.logit_scale.detach()))  # type: ignore[operator]
     counts = {"refused_steps": run.guard.refused} if run.guard.refused else {}
@@ -58,7 +66,8 @@ def backward(run: Run, batch: Batch) -> LossOutput:
     parts = batch.split(run.recipe.optim.accumulate)
     if len(parts) == 1:
         output = compute_loss(run, batch)
-        output.loss.backward()
+        with phase("backward"):
+            output.loss.backward()
         return output
     with torch.no_grad():
         features = [encode(run, part, number) for number, part in enumerate(parts)]
@@ -71,7 +80,8 @@ def backward(run: Run, batch: Batch) -> LossOutput:
         first = rows.stop
         pairs = zip(encode(run, part, number).tensors(), leaves.tensors(), strict=True)
         wanted = [(own, leaf.grad[rows]) for own, leaf in pairs if own.requires_grad and leaf.grad is not None]
-        torch.autograd.backward([own for own, _ in wanted], [gradient for _, gradient in wanted])
+        with phase("backward"):
+            torch.autograd.backward([own for own, _ in wanted], [gradient for _, gradient in wanted])
     return output
 
 
@@ -105,7 +115,10 @@ def encode(run: Run, batch: Batch, part: int = 0) -> Features:
 def loss_of(run: Run, features: Features) -> LossOutput:
     """The loss over the features of all ranks."""
     scale: Tensor = run.model.logit_scale.float().exp()  # type: ignore[operator]
-    output: LossOutput = run.objective(distributed.gather_features(features), scale)
+    with phase("gather"):
+        features = distributed.gather_features(features)
+    with phase("loss"):
+        output: LossOutput = run.objective(features, scale)
     return output
 
 

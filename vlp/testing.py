@@ -32,6 +32,12 @@ MICRO: ModelDict = {
     "text_cfg": {"context_length": 12, "vocab_size": 320, "width": 32, "heads": 2, "layers": 1},
 }
 
+MICRO_BERT = {
+    "model_type": "bert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "vocab_size": 320, "max_position_embeddings": 16,
+}  # fmt: skip
+"""config.json of a Hugging Face text tower of the same size."""
+
 
 def micro_bundle(seed: int = 0) -> Bundle:
     """A CLIP of a few thousand parameters with fixed initial weights and a learned vocabulary."""

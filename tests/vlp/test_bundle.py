@@ -9,10 +9,11 @@ import torch
 from data_pipelines.errors import BundleError, ConfigError
 from data_pipelines.preprocess import ImageConfig, load_image, normalise
 from data_pipelines.testing import draw
+from data_pipelines.tokens import clip_tokenizer
 from vlp.bundle import CONFIG, INFO, VOCABULARY, WEIGHTS, Bundle, load_bundle, save_bundle
 from vlp.export import export_open_clip
 from vlp.infer import classify, encode_images, encode_texts, label_head
-from vlp.models import ModelConfig, build_model, own_configs, resolve_config
+from vlp.models import ModelConfig, build_model, instantiate, own_configs, resolve_config
 from vlp.testing import WORDS, micro_bundle
 from vlp.torchvision_guard import ensure_torchvision
 
@@ -57,6 +58,24 @@ def test_open_clip_loads_the_export_with_equal_features(tmp_path: Path) -> None:
             model.encode_text(tokenizer(texts), normalize=True), encode_texts(bundle, texts), rtol=1e-5, atol=1e-5
         )
     assert tuple(preprocess.transforms[-1].mean) == bundle.image.mean
+
+
+def test_open_clip_reads_clips_own_vocabulary_from_the_export(tmp_path: Path) -> None:
+    """Capitals and the exclamation mark, whose entry CLIP pads with, included; what pads behind the end is free."""
+    micro = micro_bundle()
+    tokenizer = clip_tokenizer(20)
+    config = {**micro.model_cfg, "text_cfg": {**micro.model_cfg["text_cfg"], "vocab_size": 49408, "context_length": 20}}
+    torch.manual_seed(0)
+    bundle = Bundle("words", instantiate(config).eval(), config, micro.image, tokenizer)
+    folder = export_open_clip(bundle, tmp_path / "export")
+    texts = ["Red CIRCLE!", "hello! world !", "", "a very long text " * 20]
+    theirs, ours = open_clip.get_tokenizer(f"local-dir:{folder}")(texts), tokenizer(texts)
+    written = ours.argmax(dim=1, keepdim=True) >= torch.arange(20)
+    assert torch.equal(theirs[written], ours[written])
+    model = open_clip.create_model(f"local-dir:{folder}").eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(model.encode_text(theirs, normalize=True), encode_texts(bundle, texts))
+    assert torch.equal(load_bundle(folder).tokenizer(texts)[written], ours[written])
 
 
 def test_a_timm_tower_with_our_arguments_survives_export_and_moving(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from vlp.recipe import dump
 
 LEAVES = [
     ["data", "fetch"], ["shard"], ["train"], ["recipes"], ["recipes", "show"], ["recipes", "cp"], ["objectives"],
-    ["eval"], ["export"], ["embed"], ["index", "build"], ["serve"], ["demo"], ["doctor"],
+    ["eval"], ["export"], ["runs", "ls"], ["runs", "compare"], ["profile"], ["embed"],
+    ["index", "build"], ["serve"], ["demo"], ["doctor"],
 ]  # fmt: skip
 
 

@@ -13,10 +13,11 @@ from vlp.report import write_report
 def test_report_is_one_file_with_pictures_beside_it(trained: Path) -> None:
     page = write_report(trained, commands=["vlp serve x"]).read_text(encoding="utf-8")
     assert not re.search(r'(src|href)="(?!data:)', page), "nothing is loaded from elsewhere"
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
     assert "vlp serve x" in page
-    assert "val/image_to_text/R@1" in page
-    for name in ("curves", "text_queries", "picture_queries"):
+    places = [page.index(f"val/image_to_text/R@{k}<") for k in (1, 5, 10)]
+    assert places == sorted(places)
+    for name in ("curves", "evaluation", "text_queries", "picture_queries"):
         image = Image.open(io.BytesIO((trained / f"{name}.png").read_bytes()))
         pixels = np.asarray(image.convert("L"))
         assert min(image.size) > 300

@@ -1,4 +1,4 @@
-"""`vlp eval` and `vlp export`."""
+"""`vlp eval`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,18 +118,3 @@ def _share_out(tasks: Sequence[str], options: dict[str, Any]) -> dict[str, dict[
             chosen[task] = {key: value for key, value in options.items() if key in names}
             evals.check_options(task, chosen[task])
     return chosen
-
-
-@command(epilog="Example: vlp export runs/demo --format open_clip --out exported")
-@click.argument("bundle", type=FOLDER)
-@click.option("--format", "form", type=click.Choice(["open_clip"]), default="open_clip", show_default=True)
-@click.option("--out", type=FOLDER, required=True, help="New folder.")
-@json_option
-def export(bundle: Path, form: str, out: Path, as_json: bool) -> None:
-    """Write BUNDLE so that open_clip loads it as `local-dir:DIR` with the same features."""
-    from vlp.bundle import load_bundle
-    from vlp.export import export_open_clip
-
-    folder = export_open_clip(load_bundle(bundle), out)
-    use = f'open_clip.create_model_and_transforms("local-dir:{folder}")'
-    emit({"format": form, "out": str(folder), "use": use}, as_json, [f"wrote {folder}", f"use it: {use}"])

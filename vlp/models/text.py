@@ -13,6 +13,8 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vlp.phases import phase
+
 SHORT = 32
 """Tokens up to which plain attention is used, and texts are not grouped."""
 GROUP = 4
@@ -82,11 +84,13 @@ class TrimmedText(nn.Module):
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """BCHW float to BD."""
-        return _maybe_normalise(self._image(image), normalize)
+        with phase("forward_image"):
+            return _maybe_normalise(self._image(image), normalize)
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """BL int64 to BD."""
-        return _maybe_normalise(self._text(text), normalize)
+        with phase("forward_text"):
+            return _maybe_normalise(self._text(text), normalize)
 
 
 def _maybe_normalise(features: Tensor, normalise_them: bool) -> Tensor:
