@@ -158,7 +158,7 @@ def train_step(run: Run, batch: Batch) -> dict[str, float]:
 
 
 def compute_loss(run: Run, batch: Batch) -> objectives.LossOutput:
-    """Both towers under autocast, the loss over all ranks' features in float32."""
+    """Both towers under autocast, the loss over the batch of all ranks in float32."""
     if batch.image_features is not None:
         pixels = batch.image_features
     else:
@@ -169,7 +169,7 @@ def compute_loss(run: Run, batch: Batch) -> objectives.LossOutput:
     with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=amp):
         features = run.objective.encode(run.encoder, pixels, batch)
     scale: Tensor = run.model.logit_scale.exp()  # type: ignore[operator]
-    output: objectives.LossOutput = run.objective(distributed.gather_features(features), scale)
+    output: objectives.LossOutput = run.objective(features, scale)
     return output
 
 
