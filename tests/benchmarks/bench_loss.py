@@ -1,6 +1,6 @@
 """Figures of the contrastive loss, forward and backward, against open_clip's; part of `make bench-train`.
 
-One thread; all variants take turns in one process. Both sides get the same features, text close to its picture, so that
+One thread, by its processor time; all variants take turns in one process. Both sides get the same features, text close to its picture, so that
 the loss lies where it does in training. Memory is what a fresh process needs on top, at its peak.
 """
 
@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_kit import Row, compare, take_turns, wall, write
+from bench_kit import Row, compare, cpu, take_turns, write
 
 from vlp.objectives import clip
-from vlp.objectives.base import Features, Precision
+from vlp.objectives._kernel import Precision
+from vlp.objectives.base import Features
 from vlp.torchvision_guard import ensure_torchvision
 
 ensure_torchvision()
@@ -42,6 +43,8 @@ ROWS = {
     "loss-fp32-slow": ("ours, slow products", "peer", ">= 1.4", "float32, neither with the fast products"),
     "loss-bf16-fast": ("ours bf16", "peer, fast products", ">= 2.3", "bfloat16 tiles, peer with the fast products"),
 }
+PEAKS = 2
+"""Measurements of memory, which hardly varies."""
 MEMORY = {"loss-memory-fp32": "ours", "loss-memory-bf16": "ours bf16"}
 
 
@@ -111,7 +114,7 @@ def loss_rows(batch: int = 8192, width: int = 512, rounds: int = 5) -> list[Row]
     torch.set_num_threads(1)
     leaves = inputs(batch, width)
     outcomes = {name: outcome(name, leaves) for name in VARIANTS}
-    runs: dict[str, Callable[[], float]] = {name: wall(partial(step, name, leaves)) for name in VARIANTS}
+    runs: dict[str, Callable[[], float]] = {name: cpu(partial(step, name, leaves)) for name in VARIANTS}
     taken = take_turns(runs, rounds)
     size = f"B={batch:,}, D={width}, one thread"
     rows = []
@@ -123,9 +126,9 @@ def loss_rows(batch: int = 8192, width: int = 512, rounds: int = 5) -> list[Row]
             f"loss {loss:.6f} / {peer_loss:.6f}, gradient norm {norm:.6f} / {peer_norm:.6f}"
         )
         rows.append(compare(name, PEER, taken[ours], taken[theirs], goal, same, note))
-    theirs_mb = [fresh_peak("peer", batch, width) for _ in range(rounds)]
+    theirs_mb = [fresh_peak("peer", batch, width) for _ in range(PEAKS)]
     for name, ours in MEMORY.items():
-        ours_mb = [fresh_peak(ours, batch, width) for _ in range(rounds)]
+        ours_mb = [fresh_peak(ours, batch, width) for _ in range(PEAKS)]
         note = f"{size}, {ours}: memory added at the peak, {min(ours_mb):.0f} MB, peer {min(theirs_mb):.0f} MB"
         same = equal(outcomes[ours], outcomes["peer"], "bf16" if ours == "ours bf16" else "fp32")
         rows.append(compare(name, PEER, ours_mb, theirs_mb, "<= 0.25", same, note))

@@ -5,11 +5,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_pipelines.batch import Batch
 from vlp import distributed
+from vlp.distributed import Way
 from vlp.models import instantiate
 from vlp.objectives import base
+from vlp.objectives._kernel import Job, two_way
 from vlp.testing import MICRO, run_ranks
 
 COUNT = 8
@@ -73,34 +76,36 @@ def test_ranks_equal_one_process(world: int) -> None:
             other_loss, found = result[number]
             assert other_loss == pytest.approx(loss, rel=2e-6), options
             assert found.keys() == expected.keys()
-            wanted, got = (torch.cat([torch.as_tensor(grads[n]).flatten() for n in expected]) for grads in (expected, found))
+            wanted, got = (
+                torch.cat([torch.as_tensor(grads[n]).flatten() for n in expected]) for grads in (expected, found)
+            )
             assert (got - wanted).norm() <= 2e-5 * wanted.norm(), options
             assert found["logit_scale"][0] == pytest.approx(float(expected["logit_scale"]), rel=2e-5, abs=1e-6), options
             if "logit_bias" in expected:
                 assert found["logit_bias"][0] == pytest.approx(float(expected["logit_bias"]), rel=2e-5), options
 
 
-def figures(rank: int, way: base.Way) -> int:
-    """Largest tensor, in entries, that a rank makes for 64 samples of its own, while the loss is shared out this way."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+class Largest(TorchDispatchMode):
+    """Remembers how many entries the largest tensor had that anything returned."""
 
-    class Largest(TorchDispatchMode):
-        entries = 0
+    entries = 0
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            tensors = [item for item in (out if isinstance(out, tuple | list) else [out]) if isinstance(item, torch.Tensor)]
-            self.entries = max([self.entries, *(item.numel() for item in tensors)])
-            return out
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        found = out if isinstance(out, tuple | list) else [out]
+        self.entries = max([self.entries, *(item.numel() for item in found if isinstance(item, torch.Tensor))])
+        return out
 
+
+def largest(rank: int, way: Way) -> int:
+    """Entries of the largest tensor of a rank with 64 samples while the loss is shared out this way."""
     image, text = (F.normalize(torch.randn(64, 4), dim=1).requires_grad_() for _ in range(2))
-    with Largest() as largest:
-        job = base.Job(way, tile=16)
-        forward, backward = base.two_way(image, text, torch.tensor(10.0), (), job)
+    with Largest() as seen:  # type: ignore[no-untyped-call]
+        forward, backward = two_way(image, text, torch.tensor(10.0), (), Job(way, tile=16))
         (forward + backward).backward()
-    return largest.entries
+    return int(seen.entries)
 
 
-def test_what_a_rank_holds_grows_with_its_own_samples_alone() -> None:
-    """On the ring nothing exceeds some tile of 16 x 16 or 64 samples x 5 figures x 2; the whole matrix has 256 x 256."""
-    assert max(run_ranks(figures, 4, ("ring",))) <= 2 * 5 * 64
+def test_on_the_ring_a_rank_holds_no_more_than_its_own_samples() -> None:
+    """64 samples x 5 sums, twice while two are merged; the matrix of all pairs has 256 x 256 entries."""
+    assert max(run_ranks(largest, 4, ("ring",))) <= 2 * 5 * 64

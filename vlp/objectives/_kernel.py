@@ -137,9 +137,9 @@ def two_way(
     without a positive or without a denominator counts 0. All inputs are this rank's; with way "gather" the whole batch.
     """
     ones_B = torch.ones(len(image_BD), device=image_BD.device)
-    return _TwoWay.apply(  # type: ignore[return-value]
-        image_BD.float(), text_BD.float(), scale.float(), *(weights or (ones_B, ones_B)), job or Job(), *labels
-    )
+    sides = image_BD.float(), text_BD.float(), scale.float(), *(weights or (ones_B, ones_B))
+    losses: tuple[Tensor, Tensor] = _TwoWay.apply(*sides, job or Job(), *labels)  # type: ignore[no-untyped-call]
+    return losses
 
 
 def pairwise_sigmoid(
@@ -149,9 +149,9 @@ def pairwise_sigmoid(
 
     Excluded pairs count 0. Inputs as for `two_way`.
     """
-    return _Sigmoid.apply(  # type: ignore[return-value]
-        image_BD.float(), text_BD.float(), scale.float(), bias.float(), job or Job(), *labels
-    )
+    sides = image_BD.float(), text_BD.float(), scale.float(), bias.float()
+    loss: Tensor = _Sigmoid.apply(*sides, job or Job(), *labels)  # type: ignore[no-untyped-call]
+    return loss
 
 
 class _TwoWay(torch.autograd.Function):

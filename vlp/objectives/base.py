@@ -1,7 +1,7 @@
 """The contract between trainer and objectives, and the machinery they share.
 
-Suffixes: B samples of this rank, or of all ranks once gathered; D embedding width; R rows (images) and C columns (texts)
-of some pairs.
+Suffixes: B samples of this rank, or of all ranks once gathered; D embedding width; R rows (images) and C columns
+(texts) of some pairs.
 """
 
 import importlib
@@ -29,10 +29,10 @@ Coupling = Literal["global", "local", "stateful"]
 Exchange = Literal["auto", "gather", "local", "ring"]
 """A Way, or auto: the fastest exact one."""
 Mask = Literal["none", "captions", "labels"]
-"""Which pairs are not used as negatives. captions: equal own captions. labels: also texts made of nothing but labels and
-captions that the picture carries too. Needs the batch fields `phrase_ids` and `text_phrase_ids`."""
+"""Which pairs are not used as negatives. captions: equal own captions. labels: also texts made of nothing but labels
+and captions that the picture carries too. Needs the batch fields `phrase_ids` and `text_phrase_ids`."""
 UNTILED = 1024
-"""Samples of all ranks up to which one piece is as fast as tiles, and gathering everything as any other way."""
+"""Samples of all ranks from which tiles are about as fast as one piece, and sharing the loss out faster than gathering."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ def way_for(exchange: Exchange, samples: int) -> Way:
         return "gather"
     if exchange != "auto":
         return exchange
-    return "gather" if samples * distributed.world_size() <= UNTILED else "local"
+    return "gather" if samples * distributed.world_size() < UNTILED else "local"
 
 
 def contrast(
@@ -145,16 +145,16 @@ def contrast(
 ) -> tuple[Tensor, Tensor]:
     """(image-to-text, text-to-image) cross-entropy over the batch of all ranks, scalars; see `_kernel.two_way`.
 
-    Batches up to UNTILED samples with nothing but excluded pairs and smoothing are computed in one piece, in float32.
+    Batches of less than UNTILED samples with nothing but excluded pairs and smoothing are computed in one piece, in float32.
     """
     image_BD, text_BD = features.image_BD, features.text_BD
     way = way_for(exchange, len(image_BD))
     if way == "gather":
         image_BD, text_BD, labels = gather(image_BD), gather(text_BD), tuple(map(gather, labels))
         weights = weights and (gather(weights[0]), gather(weights[1]))
-        pairs = judge(labels, labels) if judge and len(image_BD) <= UNTILED else Pairs()
+        pairs = judge(labels, labels) if judge and len(image_BD) < UNTILED else Pairs()
         special = decoupled or any(item is not None for item in (weights, pairs.log_weight_RC, pairs.target_RC))
-        if len(image_BD) <= UNTILED and not special:
+        if len(image_BD) < UNTILED and not special:
             logits_BB = logit_scale.float() * (image_BD.float() @ text_BD.float().T)
             if pairs.excluded_RC is not None:
                 logits_BB = mask_pairs(logits_BB, pairs.excluded_RC)

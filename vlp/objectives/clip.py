@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from data_pipelines.batch import Batch
 from data_pipelines.config import StrictModel
+from vlp.objectives._kernel import Precision
 from vlp.objectives.base import (
     Coupling,
     Dims,
@@ -16,7 +17,6 @@ from vlp.objectives.base import (
     Features,
     LossOutput,
     Mask,
-    Precision,
     contrast,
     encode_pairs,
     false_negatives,

@@ -1,6 +1,6 @@
 """SigLIP: every pair a yes-or-no question of its own (Zhai et al. 2023, arXiv 2303.15343, algorithm 1).
 
-The recipe should start the model's scale at 10 (`model.init_logit_scale` = ln 10); the bias, at -10, is the objective's.
+Its recipe starts the model's scale at 10 (`model.init_logit_scale` = ln 10); the bias, from -10, is the objective's.
 The loss shares nothing with CLIP's: the neutral setting, mask=none, is open_clip's SigLipLoss.
 """
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from data_pipelines.batch import Batch
 from data_pipelines.config import StrictModel
+from vlp.objectives._kernel import Precision
 from vlp.objectives.base import (
     Coupling,
     Dims,
@@ -17,7 +18,6 @@ from vlp.objectives.base import (
     Features,
     LossOutput,
     Mask,
-    Precision,
     encode_pairs,
     false_negatives,
     phrase_labels,
