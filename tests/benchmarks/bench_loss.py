@@ -1,7 +1,7 @@
 """Figures of the contrastive loss, forward and backward, against open_clip's; part of `make bench-train`.
 
-One thread, by its processor time; all variants take turns in one process. Both sides get the same features, text close to its picture, so that
-the loss lies where it does in training. Memory is what a fresh process needs on top, at its peak.
+One thread, by its processor time; all variants take turns in one process. Both sides get the same features, text close
+to its picture, so that the loss lies where it does in training. Memory is what a fresh process needs on top, at its peak.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ensure_torchvision()
 from open_clip.loss import ClipLoss  # noqa: E402
 
 PEER = ("open_clip ClipLoss", version("open_clip_torch"))
-VARIANTS = {
+VARIANTS: dict[str, tuple[str, Precision | None]] = {
     "ours": ("medium", "fp32"),
     "ours, slow products": ("highest", "fp32"),
     "ours bf16": ("highest", "bf16"),
@@ -66,7 +66,7 @@ def step(name: str, leaves: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> 
     if precision is None:
         loss = ClipLoss()(image, text, scale)
     else:
-        config = clip.Config(precision="bf16" if precision == "bf16" else "fp32")
+        config = clip.Config(precision=precision)
         loss = clip.clip_loss(Features(image, text), scale, config)[0]
     loss.backward()
     return float(loss.detach())

@@ -32,7 +32,7 @@ Mask = Literal["none", "captions", "labels"]
 """Which pairs are not used as negatives. captions: equal own captions. labels: also texts made of nothing but labels
 and captions that the picture carries too. Needs the batch fields `phrase_ids` and `text_phrase_ids`."""
 UNTILED = 1024
-"""Samples of all ranks from which tiles are about as fast as one piece, and sharing the loss out faster than gathering."""
+"""Samples of all ranks from which tiles are about as fast as one piece, and sharing out is faster than gathering."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ def contrast(
 ) -> tuple[Tensor, Tensor]:
     """(image-to-text, text-to-image) cross-entropy over the batch of all ranks, scalars; see `_kernel.two_way`.
 
-    Batches of less than UNTILED samples with nothing but excluded pairs and smoothing are computed in one piece, in float32.
+    Less than UNTILED samples with nothing but excluded pairs and smoothing are computed in one piece, in float32.
     """
     image_BD, text_BD = features.image_BD, features.text_BD
     way = way_for(exchange, len(image_BD))
