@@ -1,7 +1,7 @@
 """Figures of the contrastive loss, forward and backward, against open_clip's; part of `make bench-train`.
 
 One thread, by its processor time; all variants take turns in one process. Both sides get the same features, text close
-to its picture, so that the loss lies where it does in training. Memory is what a fresh process needs on top, at its peak.
+to its picture, so that the loss lies where it does in training. Memory is what a fresh process adds at its peak.
 """
 
 import argparse
