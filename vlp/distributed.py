@@ -1,17 +1,22 @@
 """The only importer of torch.distributed. Everything here is a no-op in a single process."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from vlp.objectives.base import Features
+from data_pipelines.errors import BundleError
 
 T = TypeVar("T")
+Way = Literal["gather", "local", "ring"]
+"""How a batch-wide loss is shared out. gather: every rank computes all of it. local: its own images against all texts.
+ring: the same, but one rank's texts at a time."""
+Strategy = Literal["ddp", "fsdp"]
+"""ddp: every rank holds the whole model. fsdp: ranks share its towers out."""
 
 
 def set_up() -> tuple[int, int]:
@@ -95,21 +100,16 @@ def gather_rows(rows: Tensor | None) -> Tensor:
     return torch.cat([part[:count].cpu() for part, count in zip(parts, counts, strict=True)])
 
 
-def gather_features(features: Features) -> Features:
-    """Features of all ranks in rank order; the gradient reaches each rank's own.
+def gather(tensor: Tensor) -> Tensor:
+    """All ranks' tensors one after the other; the gradient reaches each rank's own.
 
     Every rank then computes the same global loss, so its own slice already receives the whole gradient and nothing has
     to travel back. The factor of the world size makes up for the mean that `average_gradients` takes: N ranks equal
     one process on the whole batch. Ranks must hold equally many samples.
     """
     if world_size() == 1:
-        return features
-    return features.map(_gather)
-
-
-def _gather(tensor: Tensor) -> Tensor:
-    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.detach().contiguous())
+        return tensor
+    parts = _from_all(tensor.detach())
     if tensor.requires_grad:
         own = tensor.view_as(tensor)
         own.register_hook(lambda gradient: gradient * world_size())
@@ -117,11 +117,178 @@ def _gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Mean of the gradients over the ranks, in place; one exchange per data type, for each costs a round trip."""
+def _from_all(tensor: Tensor) -> list[Tensor]:
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return parts
+
+
+def mean_over(way: Way, value: Tensor) -> Tensor:
+    """Mean of all ranks' values; with way "gather", where every rank has computed the same, the value."""
+    if way == "gather" or world_size() == 1:
+        return value
+    dist.all_reduce(value)
+    return value / world_size()
+
+
+def visit(
+    way: Way, guests: tuple[Tensor, ...], meet: Callable[..., Tensor], merge: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Let every rank meet every rank's `guests`; what was found about this rank's own, over all ranks.
+
+    `meet(own, *guests)`: what this rank finds about some rank's guests, a float32 tensor of one shape; `own`: they are
+    this rank's. `merge`: makes one of several such tensors, stacked. Way "local" gathers all guests; "ring" hands them
+    on from rank to rank, so that memory does not grow with the ranks. With "gather" the guests are everybody's already.
+    """
+    world, here = world_size(), rank()
+    if way == "gather" or world == 1:
+        return meet(True, *guests)
+    if way == "local":
+        everyone = list(zip(*(_from_all(tensor) for tensor in guests), strict=True))
+        found = torch.stack([meet(owner == here, *everyone[owner]) for owner in range(world)])
+        answers = torch.empty_like(found)
+        dist.all_to_all_single(answers, found)
+        return merge(answers)
+    found = meet(True, *guests)
+    for turn in range(1, world + 1):
+        # their last move takes the findings home; the guests have been everywhere by then
+        found, *moved = _hand_on((found, *guests) if turn < world else (found,))
+        if turn < world:
+            guests = tuple(moved)
+            found = merge(torch.stack([found, meet(False, *guests)]))
+    return found
+
+
+def _hand_on(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """Send them to the next rank and return those of the one before."""
+    world, here = world_size(), rank()
+    sent = [tensor.contiguous() for tensor in tensors]
+    received = [torch.empty_like(tensor) for tensor in sent]
+    sends = [dist.P2POp(dist.isend, tensor, (here + 1) % world) for tensor in sent]
+    receives = [dist.P2POp(dist.irecv, tensor, (here - 1) % world) for tensor in received]
+    for request in dist.batch_isend_irecv([*sends, *receives]):
+        request.wait()
+    return received
+
+
+def wrap(model: nn.Module, strategy: Strategy) -> None:
+    """Prepare a model in place, before its optimiser is built; every rank must hold equal weights.
+
+    ddp: nothing to do, `average_gradients` does it all. fsdp: towers become sharded (FSDP2), transformer blocks one by
+    one; what lies outside modules that are called as such, the logit scale say, stays whole on every rank.
+    """
+    if strategy == "ddp" or world_size() == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # seconds to import, and few runs need it
+
+    mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
+    towers = [getattr(model, name, None) for name in ("visual", "text", "transformer", "token_embedding")]
+    for tower in (tower for tower in towers if isinstance(tower, nn.Module)):
+        tower.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 takes no other layout
+        lists = [part for name, part in tower.named_modules() if name.endswith(("blocks", "layer", "layers"))]
+        for part in (part for part in lists if isinstance(part, nn.ModuleList | nn.Sequential)):
+            for block in part:
+                fully_shard(block, mesh=mesh)
+        fully_shard(tower, mesh=mesh)
+
+
+def kinds(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The same parameters, whole ones and sharded ones apart: fused updates take no mixture."""
+    parameters = list(parameters)
+    parts = [[p for p in parameters if is_sharded(p) == sharded] for sharded in (False, True)]
+    return [part for part in parts if part]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds a part only: a DTensor, told by its method because importing its class takes seconds."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, sharing its memory."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; all ranks must ask."""
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return full
+
+
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, sharded as `like` is."""
+    if not is_sharded(like):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    place: Any = like
+    value = value.to(like.device)
+    return distribute_tensor(value, place.device_mesh, place.placements, src_data_rank=None)  # each rank cuts its own
+
+
+def full_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors, of a state_dict or an average of one; all ranks must ask."""
+    return {name: whole(tensor.detach()) for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def load_full_state(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Put what `full_state` gave back into such tensors, in place, whatever the ranks and the strategy are now."""
+    if tensors.keys() != values.keys():
+        odd = sorted(tensors.keys() ^ values.keys())
+        raise BundleError(f"the checkpoint holds other tensors than the model: {', '.join(odd[:5])}")
+    for name, tensor in tensors.items():
+        local(tensor).copy_(local(shard_like(values[name], tensor)))
+
+
+def full_optimizer_state(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """`<parameter>.<entry>` -> whole tensor; all ranks must ask."""
+    return {
+        f"{name}.{entry}": whole(value) if isinstance(value, Tensor) else torch.tensor(value)
+        for name, parameter in named.items()
+        for entry, value in optimizer.state.get(parameter, {}).items()
+        if value is not None
+    }
+
+
+def load_full_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, nn.Parameter],
+    values: Mapping[str, Tensor],
+    counts: Iterable[Mapping[str, Any]] = (),
+) -> None:
+    """Put back what `full_optimizer_state` gave, and into every group its `counts`.
+
+    Averages take their parameter's memory layout: the fused update walks raw memory, so a channels-last weight beside a
+    contiguous average would be updated with the wrong numbers, silently.
+    """
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = {id(parameter): number for number, parameter in enumerate(ordered)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in values.items():
+        name, _, entry = key.rpartition(".")
+        like = named[name]
+        if value.shape == like.shape and value.ndim:
+            own = torch.empty_like(like, dtype=value.dtype).copy_(shard_like(value, like))
+        else:
+            own = value.clone()
+        state.setdefault(numbers[id(like)], {})[entry] = own
+    groups = optimizer.state_dict()["param_groups"]
+    for group, count in zip(groups, counts, strict=False):
+        group |= count
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Mean of the gradients over the ranks, in place; one exchange per data type, for each costs a round trip.
+
+    Sharded parameters are left out: FSDP2 has averaged their gradients already.
+    """
     if world_size() == 1:
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p.grad)]
     for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
         same = [gradient for gradient in gradients if gradient.dtype == dtype]
         flat = torch.cat([gradient.flatten() for gradient in same])
@@ -129,3 +296,17 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
         flat /= world_size()
         parts = flat.split([gradient.numel() for gradient in same])
         torch._foreach_copy_(same, [part.view(gradient.shape) for part, gradient in zip(parts, same, strict=True)])
+
+
+def clip_grad_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Norm of all gradients, over all ranks' shards; gradients are scaled down to `limit` if it is larger, in place."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    shards = [local(gradient) for gradient in gradients if is_sharded(gradient)]
+    if not shards:
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+    rest = [gradient for gradient in gradients if not is_sharded(gradient)]
+    square = torch.nn.utils.get_total_norm(shards).square()
+    dist.all_reduce(square)
+    norm = (square + torch.nn.utils.get_total_norm(rest).square()).sqrt()
+    torch._foreach_mul_([*shards, *rest], (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm

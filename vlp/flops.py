@@ -89,21 +89,18 @@ class StepFlops:
         self._model.encode_image(torch.empty(1, 3, side, side, device="meta"))  # type: ignore[operator]
 
     def _text(self, length: int) -> None:
-        tower: Any = getattr(self._model, "text", None)
-        if tower is None:  # open_clip's CLIP, whose text has always its full length
-            length = int(self._model.context_length)  # type: ignore[arg-type]
-        tokens = torch.zeros(1, length, dtype=torch.int64, device="meta")
-        trunk = trunk_of(tower) if tower is not None else None
+        tower: Any = getattr(self._model, "text", self._model)
+        trunk = trunk_of(tower)
         if trunk is not None:  # Hugging Face's; its padding mask asks for values, which `meta` has not
-            trunk(input_ids=tokens)
+            trunk(input_ids=torch.zeros(1, length, dtype=torch.int64, device="meta"))
             return
-        if not can_trim(tower):
-            self._model.encode_text(tokens)  # type: ignore[operator]
-            return
-        whole = tower.attn_mask
-        tower.attn_mask = whole[:length, :length]
-        tower(tokens)
-        tower.attn_mask = whole
+        trim = can_trim(tower)
+        length = length if trim else int(self._model.context_length)  # type: ignore[arg-type]
+        mask, places = tower.attn_mask, tower.positional_embedding
+        if trim:
+            tower.attn_mask, tower.positional_embedding = mask[:length, :length], nn.Parameter(places[:length])
+        self._model.encode_text(torch.zeros(1, length, dtype=torch.int64, device="meta"))  # type: ignore[operator]
+        tower.attn_mask, tower.positional_embedding = mask, places
 
 
 def _frozen(tower: nn.Module | None) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import ConfigError
+from vlp import distributed
 from vlp.torchvision_guard import ensure_torchvision
 
 BLOCKS = re.compile(r"\b(?:resblocks|blocks|layers?|stages|layer(?=\d))\.?(\d+)")
@@ -101,8 +102,9 @@ def parameter_groups(model: nn.Module, objective: nn.Module, config: OptimConfig
             scale = scales[name] if module is model else 1.0
             groups.setdefault((decay, scale), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        {"params": part, "weight_decay": decay, "lr_scale": scale}
         for (decay, scale), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+        for part in distributed.kinds(parameters)
     ]
 
 
@@ -166,46 +168,13 @@ class Ema:
         current: list[Tensor] = []
         for key, value in model.state_dict().items():
             if value.is_floating_point():
-                averaged.append(self.shadow[key])
-                current.append(value)
+                averaged.append(distributed.local(self.shadow[key]))
+                current.append(distributed.local(value))
             else:
                 self.shadow[key].copy_(value)
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as named tensors: `<parameter number>.<name>`."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{number}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
-        for number, entry in state.items()
-        for name, value in entry.items()
-        if value is not None
-    }
-
-
-def optimizer_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What the groups hold besides parameters; some optimisers count their steps there."""
-    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], settings: list[dict[str, Any]]
-) -> None:
-    """Put back what `optimizer_tensors` and `optimizer_settings` gave.
-
-    Averages take their parameter's memory layout: the fused update walks raw memory, so a channels-last weight beside a
-    contiguous average would be updated with the wrong numbers, silently. Numbers of the groups come from the
-    checkpoint, options of the recipe from the recipe.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in tensors.items():
-        number, _, name = key.partition(".")
-        like = parameters[int(number)]
-        own = torch.empty_like(like if value.shape == like.shape else value, dtype=value.dtype)
-        state.setdefault(int(number), {})[name] = own.copy_(value)
-    groups = optimizer.state_dict()["param_groups"]
-    for group, saved in zip(groups, settings, strict=True):
-        group |= {key: value for key, value in saved.items() if key == "step"}
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+def group_counts(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The steps that some optimisers count in their groups instead of beside every parameter."""
+    return [{key: value for key, value in group.items() if key == "step"} for group in optimizer.param_groups]

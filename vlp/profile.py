@@ -20,10 +20,12 @@ from vlp import distributed
 from vlp.flops import StepFlops, device_peak, mfu
 from vlp.frozen import FeatureLoader
 from vlp.launch import local_ranks
+from vlp.models import locking
 from vlp.models.text import can_trim
 from vlp.phases import OTHER, PHASES, Recorder, phase, recording
 from vlp.recipe import Recipe, dump
-from vlp.train import Run, prepare, set_training, train_step
+from vlp.run import Run, prepare
+from vlp.step import train_step
 
 RECIPE, RESULT, PICTURE, TRACE = "profiled.yaml", "profile.json", "profile.png", "trace.json"
 WARM_UP, TRACED = 3, 2
@@ -50,7 +52,7 @@ def profile(recipe: Recipe, folder: Path, steps: int = 20, trace: bool = False) 
     command = ["profile", str(folder / RECIPE), "--steps", str(steps), "--out", str(folder), *["--trace"] * trace]
     with local_ranks(recipe.run.processes, folder, False, command), distributed.left_at_the_end():
         run = prepare(recipe, folder)
-        set_training(run.model)
+        locking.set_training(run.model)
         if isinstance(run.loader, FeatureLoader):
             run.loader.fill(lambda _: None)
         batches = iter(run.loader)

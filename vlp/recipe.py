@@ -16,6 +16,7 @@ from data_pipelines.config import StrictModel, explain
 from data_pipelines.errors import ConfigError
 from data_pipelines.loader import DataConfig
 from data_pipelines.shard_set import Train
+from vlp.distributed import Strategy
 from vlp.evals import check_options
 from vlp.models import ModelConfig
 from vlp.objectives import base as objectives
@@ -73,6 +74,8 @@ class RunConfig(StrictModel):
     """Compute the towers' activations again in the backward pass instead of keeping them: a third more time."""
     compile: bool = False
     """torch.compile both towers: minutes at the start, faster steps on GPUs."""
+    strategy: Strategy = "ddp"
+    """With several ranks. ddp: each holds the whole model. fsdp: they share out its towers (FSDP2), for large models."""
     device: str = "auto"
     processes: int = Field(1, ge=1)
     """Ranks `vlp train` starts on this machine; below torchrun, torchrun says how many. For CPUs."""

@@ -17,12 +17,13 @@ from data_pipelines.tokens import Tokenizer, TokenizerConfig, clip_tokenizer, le
 from vlp import __version__, distributed
 from vlp.bundle import VOCABULARY, Bundle, Provenance, check_start, load_tokenizer, pick_device
 from vlp.checkpoint import Saver, load_latest
+from vlp.flops import StepFlops
 from vlp.frozen import FeatureLoader, FrozenHeads, trunks_frozen
 from vlp.guard import Guard
-from vlp.models import build_model, hf_folder, locking, resolve_config
+from vlp.models import build_model, hf_folder, instantiate, locking, resolve_config
 from vlp.models.text import TrimmedText
 from vlp.objectives import base as objectives
-from vlp.optim import Ema, build_optimizer, load_optimizer, optimizer_settings, optimizer_tensors
+from vlp.optim import Ema, build_optimizer, group_counts
 from vlp.recipe import Recipe
 from vlp.runlog import RunLog, now, revision
 
@@ -44,6 +45,7 @@ class Run:
     loader: Loader | FeatureLoader
     encoder: Any
     """What the objective encodes with: the model with trimmed text, or its heads where both trunks are frozen."""
+    flops: StepFlops
     device: torch.device
     total: int
     """Steps of the whole run."""
@@ -100,6 +102,8 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
     model, model_cfg = build_model(recipe.model, *sizes)
     scale = float(model.logit_scale.detach())  # type: ignore[operator]
     model = _place(model, recipe, device)
+    flops = StepFlops(model)
+    distributed.wrap(model, recipe.run.strategy)
     module, options = objectives.load(recipe.objective)
     objective = module.build(options, objectives.Dims(int(model_cfg["embed_dim"]), scale)).to(device)
     loader = make_loader(recipe.data, tokenizer, recipe.run.seed, rank, world)
@@ -120,7 +124,8 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
         guard=Guard(recipe.run.spike),
         saver=Saver(folder / "checkpoints", recipe.run.keep),
         loader=FeatureLoader(loader, model, device) if frozen else loader,
-        encoder=FrozenHeads(model) if frozen else TrimmedText(model, compiled=recipe.run.compile),
+        encoder=FrozenHeads(model) if frozen else TrimmedText(model, recipe.run.strategy == "ddp", recipe.run.compile),
+        flops=flops,
         device=device,
         total=total,
     )
@@ -153,20 +158,20 @@ def save(run: Run, wait: bool = False) -> None:
     account = Ledger()
     for report in distributed.from_all_ranks(run.loader.ledger.report()):
         account.add(report)
+    tensors = {
+        "model": distributed.full_state(run.model.state_dict()),
+        "optimizer": distributed.full_optimizer_state(run.optimizer, _named(run)),
+        "objective": distributed.full_state(run.objective.state_dict()),
+    }
+    if run.ema is not None:
+        tensors["ema"] = distributed.full_state(run.ema.shadow)
     if distributed.rank() > 0:
         return
     run.account = account.report()
     run.log.write("ledger.json", run.account)
-    tensors = {
-        "model": dict(run.model.state_dict()),
-        "optimizer": optimizer_tensors(run.optimizer),
-        "objective": dict(run.objective.state_dict()),
-    }
-    if run.ema is not None:
-        tensors["ema"] = run.ema.shadow
     state = {
         "loader": run.loader.state_dict(),
-        "optimizer": optimizer_settings(run.optimizer),
+        "optimizer": group_counts(run.optimizer),
         "guard": run.guard.state_dict(),
         "seconds": run.seconds,
         "ema_updates": run.ema.updates if run.ema else 0,
@@ -210,20 +215,28 @@ def roll_back(run: Run) -> int | None:
 
 
 def _load_weights(run: Run, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
-    run.model.load_state_dict(tensors["model"])
-    load_optimizer(run.optimizer, tensors["optimizer"], state["optimizer"])
+    distributed.load_full_state(run.model.state_dict(), tensors["model"])
+    distributed.load_full_optimizer_state(run.optimizer, _named(run), tensors["optimizer"], state["optimizer"])
     run.objective.load_state_dict(tensors.get("objective", {}))
     if run.ema is not None:
         run.ema.updates = int(state["ema_updates"])
-        for key, value in tensors["ema"].items():
-            run.ema.shadow[key].copy_(value)
+        distributed.load_full_state(run.ema.shadow, tensors["ema"])
+
+
+def _named(run: Run) -> dict[str, nn.Parameter]:
+    parts = {"model": run.model, "objective": run.objective}
+    return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.named_parameters()}
 
 
 def current_bundle(run: Run) -> Bundle:
-    """The averaged weights if there are any, else the present ones, ready for inference."""
-    model = copy.deepcopy(run.model)
-    if run.ema is not None:
-        model.load_state_dict(run.ema.shadow)
+    """The averaged weights if there are any, else the present ones, ready for inference; every rank must call it."""
+    weights = distributed.full_state(run.model.state_dict() if run.ema is None else run.ema.shadow)
+    if run.recipe.run.strategy == "ddp":
+        model = copy.deepcopy(run.model)
+    else:  # a sharded model cannot be copied
+        with torch.random.fork_rng():
+            model = instantiate(run.model_cfg)
+    model.load_state_dict(weights)
     provenance = Provenance(
         created=now(),
         vlp_version=__version__,

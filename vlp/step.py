@@ -34,7 +34,7 @@ def train_step(run: Run, batch: Batch) -> dict[str, float]:
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     with phase("gather"):
         distributed.average_gradients(parameters)
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, optim.grad_clip or float("inf")))
+    norm = float(distributed.clip_grad_norm(parameters, optim.grad_clip or float("inf")))
     loss = float(output.loss.detach())
     reason = run.guard.check(loss, norm)
     rate = learning_rate(run.step, run.total, optim)
@@ -113,10 +113,8 @@ def encode(run: Run, batch: Batch, part: int = 0) -> Features:
 
 
 def loss_of(run: Run, features: Features) -> LossOutput:
-    """The loss over the features of all ranks."""
+    """The loss over the batch of all ranks, from this rank's features."""
     scale: Tensor = run.model.logit_scale.float().exp()  # type: ignore[operator]
-    with phase("gather"):
-        features = distributed.gather_features(features)
     with phase("loss"):
         output: LossOutput = run.objective(features, scale)
     return output

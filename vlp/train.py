@@ -1,9 +1,10 @@
 """The trainer's loop: steps, metrics, evaluations, checkpoints, signals, and a bundle at the end."""
 
 import logging
+import math
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from data_pipelines.batch import Batch
 from data_pipelines.console import progress
 from data_pipelines.errors import ConfigError, PipelineError
 from vlp import distributed, evals
-from vlp.bundle import save_bundle
+from vlp.bundle import Bundle, save_bundle
+from vlp.flops import device_peak, mfu
 from vlp.frozen import FeatureLoader
 from vlp.launch import local_ranks
+from vlp.models import locking
+from vlp.phases import Recorder, phase, recording
 from vlp.recipe import Recipe, dump
-from vlp.run import Run, current_bundle, prepare, restore, roll_back, save, set_training
-from vlp.runlog import RunLog, environment, training_bar
+from vlp.run import Run, current_bundle, prepare, restore, roll_back, save
+from vlp.runlog import RunState, bar_note, environment, training_bar
 from vlp.step import train_step
 
 log = logging.getLogger(__name__)
@@ -38,7 +42,6 @@ class Interrupted(PipelineError):
 
 def train(recipe: Recipe, folder: Path, resume: bool = False, show: bool = True) -> dict[str, Any]:
     """Train a recipe into `folder`; the summary, empty on ranks above 0. Raises Interrupted on a signal, all saved."""
-    runlog = RunLog(folder)
     if not resume and (folder / "checkpoints").exists():
         raise ConfigError(f"{folder} holds a run already: continue it with --resume, or choose another --run-dir")
     if distributed.env_rank() == 0:
@@ -47,26 +50,47 @@ def train(recipe: Recipe, folder: Path, resume: bool = False, show: bool = True)
     with local_ranks(recipe.run.processes, folder, resume), distributed.left_at_the_end(), _signals() as received:
         run = prepare(recipe, folder)
         lead = distributed.rank() == 0
-        if resume:
-            restore(run)
-        if lead:
-            _open_log(run)
-        if isinstance(run.loader, FeatureLoader):
-            begun = time.perf_counter()
-            total = run.loader.plan.samples
-            with progress("features of the frozen trunks", total, show and lead, "pictures") as advance:
-                run.loader.fill(advance)
-            run.seconds += time.perf_counter() - begun
-        try:
+        with _noted(run):
+            if resume:
+                restore(run)
+            locking.set_training(run.model)
+            if lead:
+                _open_log(run)
+            if isinstance(run.loader, FeatureLoader):
+                _fill(run, run.loader, show and lead)
             _loop(run, received, show and lead)
-        except PipelineError as error:
-            if not isinstance(error, Interrupted):  # too many bad samples: which, as far as this rank knows
-                name = "ledger.json" if lead else f"ledger-rank{distributed.rank()}.json"
-                runlog.write(name, run.loader.ledger.report())
-            raise
+            bundle = current_bundle(run)
+            summary = _finish(run, bundle) if lead else {}
+    return summary
+
+
+@contextmanager
+def _noted(run: Run) -> Iterator[None]:
+    """However the run ends, the save under way is finished and status.json says how it ended."""
+    state: RunState = "failed"
+    note = ""
+    try:
+        try:
+            yield
+            state = "finished"
         finally:
             run.saver.close()
-    return _finish(run) if lead else {}
+    except BaseException as error:
+        state = "interrupted" if isinstance(error, Interrupted) else "failed"
+        note = str(error)
+        if isinstance(error, PipelineError) and state == "failed":  # too many bad samples: which, as this rank knows
+            rank = distributed.rank()
+            run.log.write(f"ledger-rank{rank}.json" if rank else "ledger.json", run.loader.ledger.report())
+        raise
+    finally:
+        run.log.close(state, note)
+
+
+def _fill(run: Run, loader: FeatureLoader, show: bool) -> None:
+    begun = time.perf_counter()
+    with progress("features of the frozen trunks", loader.plan.samples, show, "pictures") as advance:
+        loader.fill(advance)
+    run.seconds += time.perf_counter() - begun
 
 
 def _open_log(run: Run) -> None:
@@ -77,19 +101,19 @@ def _open_log(run: Run) -> None:
 
 
 def _loop(run: Run, received: Callable[[], int], show: bool) -> None:
-    set_training(run.model)
     every = run.recipe.run.save_steps(run.loader.plan.steps)
     saved = time.monotonic()
-    with training_bar(show) as bar, closing(_timed(run)) as batches:
+    with training_bar(show) as bar, recording(Recorder()) as recorder, closing(_batches(run)) as batches:
         task = bar.add_task("training", total=run.total, completed=run.step, note="")
-        for batch, waited, begun in batches:
+        recorder.step()
+        for batch in batches:
             values = train_step(run, batch)
-            seconds = time.perf_counter() - begun
-            run.seconds += seconds
-            speed = len(batch.keys) * distributed.world_size() / max(seconds, 1e-9)
-            bar.update(task, completed=run.step, note=f"loss {values['loss']:.3f}  {speed:.0f} samples/s")
+            spent = recorder.step()
+            values |= _speed(run, batch, spent)
+            note = bar_note(values["loss"], values["samples_per_second"], values["data_wait"], values.get("mfu"))
+            bar.update(task, completed=run.step, note=note)
             _go_back_if_due(run)
-            best = _note(run, values | {"samples_per_second": speed, "data_wait": waited / max(seconds, 1e-9)})
+            best = _note(run, values)
             minutes = run.recipe.run.save_minutes
             late = bool(minutes) and time.monotonic() - saved > 60 * minutes
             stop, late = distributed.any_rank((bool(received()), late), run.device)
@@ -99,15 +123,29 @@ def _loop(run: Run, received: Callable[[], int], show: bool) -> None:
                 saved = time.monotonic()
             if stop and not last:
                 raise Interrupted(run.step, run.folder, received() or signal.SIGTERM)
+            recorder.step()  # evaluations and saves are no part of a step
 
 
-def _timed(run: Run) -> Generator[tuple[Batch, float, float]]:
-    """(batch, seconds waited for it, when the waiting began) until the run is complete."""
+def _batches(run: Run) -> Generator[Batch]:
     batches = iter(run.loader)
     while run.step < run.total:
-        begun = time.perf_counter()
-        batch = next(batches)
-        yield batch, time.perf_counter() - begun, begun
+        with phase("data"):
+            batch = next(batches)
+        yield batch
+
+
+def _speed(run: Run, batch: Batch, spent: Mapping[str, float]) -> dict[str, float]:
+    """Samples a second over all ranks, share of the time waited for data and, where metrics are due, MFU."""
+    seconds = max(sum(spent.values()), 1e-9)
+    run.seconds += seconds
+    mine = len(batch.keys) / seconds
+    values = {"samples_per_second": mine * distributed.world_size(), "data_wait": spent.get("data", 0.0) / seconds}
+    if batch.image_features is not None or run.step % run.recipe.run.log_every:
+        return values
+    # in steps of eight tokens, because every length is counted anew, and that takes a while
+    length = 8 * math.ceil((float(batch.tokens.argmax(dim=1).float().mean()) + 1) / 8)
+    flops = run.flops.sample(batch.pixels.shape[-1], min(length, batch.tokens.shape[1]))
+    return values | {"mfu": mfu(mine, flops, device_peak(run.device, run.recipe.run.precision))}
 
 
 def _go_back_if_due(run: Run) -> None:
@@ -128,22 +166,17 @@ def _go_back_if_due(run: Run) -> None:
 
 
 def _note(run: Run, values: dict[str, float]) -> bool:
-    """Metrics and evaluations that are due at this step; whether an evaluation was the best so far."""
+    """Metrics and evaluations that are due at this step, on every rank; whether an evaluation was the best so far."""
     settings, lead = run.recipe.run, distributed.rank() == 0
     if lead and (run.step % settings.log_every == 0 or run.step == run.total):
         run.log.append("metrics.jsonl", {"step": run.step, "seconds": round(run.seconds, 2), **values})
     due = [item for item in run.recipe.evals if (item.every and run.step % item.every == 0) or run.step == run.total]
     if not due:
         return False
-    found: dict[str, float] = {}
+    found = evals.evaluate_all(current_bundle(run), due)
+    locking.set_training(run.model)
     if lead:
-        bundle = current_bundle(run)
-        for item in due:
-            metrics = evals.evaluate(bundle, item.task, item.data)
-            row = {f"{item.name}/{key}": value for key, value in metrics.items()}
-            run.log.append("evals.jsonl", {"step": run.step, **row})
-            found |= row
-    found = distributed.from_all_ranks(found)[0]
+        run.log.append("evals.jsonl", {"step": run.step, **found})
     name = settings.keep_best
     if name is None or name.partition("/")[0] not in [item.name for item in due]:
         return False
@@ -155,8 +188,8 @@ def _note(run: Run, values: dict[str, float]) -> bool:
     return True
 
 
-def _finish(run: Run) -> dict[str, Any]:
-    bundle = save_bundle(current_bundle(run), run.folder / "bundle")
+def _finish(run: Run, trained: Bundle) -> dict[str, Any]:
+    bundle = save_bundle(trained, run.folder / "bundle")
     last = [row for row in run.log.rows("evals.jsonl") if row["step"] == run.step]
     metrics = {key: value for row in last for key, value in row.items() if key != "step"}
     summary = {

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from data_pipelines.batch import Batch
 from data_pipelines.preprocess import normalise
+from vlp.models import locking
 from vlp.recipe import Recipe, validate
-from vlp.run import Run, prepare, set_training
+from vlp.run import Run, prepare
 from vlp.step import train_step
 
 PEER = ("open_clip train_one_epoch", version("open_clip_torch"))
@@ -40,7 +41,7 @@ class Ours:
         with tempfile.TemporaryDirectory() as folder:
             self.run: Run = prepare(settings, Path(folder))
         self.run.model.load_state_dict(start)
-        set_training(self.run.model)
+        locking.set_training(self.run.model)
         self.batches, self.losses = batches, list[float]()
 
     def __call__(self) -> None:

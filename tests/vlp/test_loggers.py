@@ -1,5 +1,6 @@
 """Dashboards with their real packages, writing local files that are read back."""
 
+import importlib.util
 import json
 import logging
 import math
@@ -14,6 +15,12 @@ from data_pipelines.errors import ConfigError
 from vlp.loggers import BACKENDS, TensorBoard, flat
 from vlp.recipe import Recipe, dump
 from vlp.runlog import RunLog, bar_note
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    """Only where the extra is installed."""
+    missing = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(missing, reason=f"the extra `{package}` is not installed")
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -103,6 +110,7 @@ def wandb_rows(folder: Path) -> list[dict[str, float]]:
     return rows
 
 
+@needs("wandb")
 def test_wandb_offline_holds_the_rows_once_over_a_resume(
     tmp_path: Path, micro_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +131,7 @@ def test_wandb_offline_holds_the_rows_once_over_a_resume(
     assert runs == {f"{json.loads((tmp_path / 'loggers.json').read_text())['wandb']}.wandb"}, "one run, two files"
 
 
+@needs("mlflow")
 def test_mlflow_holds_the_rows_once_over_a_resume(
     tmp_path: Path, micro_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from data_pipelines.batch import Batch
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import ConfigError, MissingField
-from vlp.distributed import gather_features
 from vlp.models import instantiate
 from vlp.objectives import base, clip
 from vlp.objectives.base import Dims, Features, LossOutput
@@ -108,7 +107,7 @@ def two_rank_gradients(rank: int, name: str, image: list[list[float]], text: lis
     features = Features(
         F.normalize(torch.tensor(image)[rows] @ weight, dim=1), F.normalize(torch.tensor(text)[rows], dim=1), ids[rows]
     )
-    output = loss_of(name, gather_features(features))
+    output = loss_of(name, features)
     output.loss.backward()
     assert weight.grad is not None
     torch.distributed.all_reduce(weight.grad)
@@ -237,3 +236,28 @@ def test_missing_field_and_unknown_option_are_named() -> None:
         base.load({"name": "clip", "smoothness": 1})
     with pytest.raises(ConfigError, match="'clop' is unknown; known: clip"):
         base.load({"name": "clop"})
+
+
+def test_siglip_by_hand() -> None:
+    """Two pairs on the axes, scale 2, bias -1: x is [[1, -1], [-1, 1]], each of the four answers costs log(1 + e^-1).
+
+    Summed over pairs and divided by 2 samples: 2 log(1 + e^-1) = 0.626523.
+    """
+    eye = torch.eye(2)
+    output = loss_of("siglip", Features(eye, eye), scale=2.0, init_bias=-1.0)
+    assert output.loss.item() == pytest.approx(0.626523, abs=1e-6)
+
+
+def test_neutral_siglip_is_open_clips_with_gradients() -> None:
+    from open_clip.loss import SigLipLoss
+
+    objective, features = encode("siglip", make_batch())
+    image, text = (side.detach().requires_grad_() for side in (features.image_BD, features.text_BD))
+    scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+    output = objective(Features(image, text), scale)
+    (own_bias,) = objective.parameters()  # type: ignore[attr-defined]
+    found = [output.loss, *torch.autograd.grad(output.loss, (image, text, scale, own_bias))]
+    loss = SigLipLoss()(image, text, scale, bias)
+    expected = [loss, *torch.autograd.grad(loss, (image, text, scale, bias))]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)

@@ -7,15 +7,14 @@ import torch
 from torch import nn
 
 from data_pipelines.errors import ConfigError
+from vlp.distributed import full_optimizer_state, load_full_optimizer_state
 from vlp.models import instantiate
 from vlp.optim import (
     OptimConfig,
     build_optimizer,
+    group_counts,
     layer_scales,
     learning_rate,
-    load_optimizer,
-    optimizer_settings,
-    optimizer_tensors,
     set_rate,
 )
 from vlp.testing import MICRO
@@ -106,7 +105,8 @@ def test_optimisers_resume_bit_for_bit(name: str) -> None:
     other = instantiate(MICRO)
     other.load_state_dict(copy.deepcopy(model.state_dict()))
     second = build_optimizer(other, nn.Identity(), config)
-    load_optimizer(second, optimizer_tensors(first), optimizer_settings(first))
+    state = full_optimizer_state(first, dict(model.named_parameters()))
+    load_full_optimizer_state(second, dict(other.named_parameters()), state, group_counts(first))
     for number in (2, 3):
         step(first, model, number)
         step(second, other, number)

@@ -12,8 +12,9 @@ from data_pipelines.batch import Batch
 from data_pipelines.errors import PipelineError
 from vlp.bundle import load_bundle
 from vlp.guard import Guard
+from vlp.models.locking import set_training
 from vlp.recipe import Recipe, validate
-from vlp.run import Run, prepare, set_training
+from vlp.run import Run, prepare
 from vlp.runlog import RunLog
 from vlp.step import backward, encode, train_step
 from vlp.train import train

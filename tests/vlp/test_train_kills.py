@@ -16,8 +16,9 @@ import torch
 
 from vlp.bundle import load_bundle
 from vlp.checkpoint import checkpoints, load_latest, step_of
+from vlp.models.locking import set_training
 from vlp.recipe import Recipe, dump, load_recipe
-from vlp.run import prepare, set_training
+from vlp.run import prepare
 from vlp.runlog import RunLog
 from vlp.step import train_step
 from vlp.train import train

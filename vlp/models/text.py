@@ -66,13 +66,13 @@ def _last_tokens(tower: Any, tokens_BL: Tensor, ends_B: Tensor) -> Tensor:
 class TrimmedText(nn.Module):
     """A model in training whose text is trimmed where that is exact; has no parameters beyond the model's."""
 
-    def __init__(self, model: Any, compiled: bool = False) -> None:
-        """`compiled`: both towers go through torch.compile."""
+    def __init__(self, model: Any, trim: bool = True, compiled: bool = False) -> None:
+        """`trim`: unless the towers have to be called whole. `compiled`: both towers go through torch.compile."""
         super().__init__()
         self.model = model
         tower = getattr(model, "text", model)
         self._image: Any = model.encode_image
-        self._text: Any = (lambda text: encode_trimmed(tower, text)) if can_trim(tower) else model.encode_text
+        self._text: Any = (lambda text: encode_trimmed(tower, text)) if trim and can_trim(tower) else model.encode_text
         if compiled:
             self._image, self._text = torch.compile(self._image), torch.compile(self._text, dynamic=True)
 

@@ -1,6 +1,7 @@
 """The contract between trainer and objectives, and the machinery they share.
 
-Suffixes: B samples (of all ranks, once gathered), D embedding width.
+Suffixes: B samples of this rank, or of all ranks once gathered; D embedding width; R rows (images) and C columns
+(texts) of some pairs.
 """
 
 import importlib
@@ -18,9 +19,20 @@ import vlp.objectives
 from data_pipelines.batch import Batch
 from data_pipelines.config import StrictModel, explain
 from data_pipelines.errors import ConfigError
+from vlp import distributed
+from vlp.distributed import Way, gather
+from vlp.objectives._kernel import Job, Judge, Pairs, Precision, Side, pairwise_sigmoid, two_way
 
 Coupling = Literal["global", "local", "stateful"]
 """global: needs the features of all ranks. local: a mean over samples. stateful: carries queues or averages."""
+
+Exchange = Literal["auto", "gather", "local", "ring"]
+"""A Way, or auto: the fastest exact one."""
+Mask = Literal["none", "captions", "labels"]
+"""Which pairs are not used as negatives. captions: equal own captions. labels: also texts made of nothing but labels
+and captions that the picture carries too. Needs the batch fields `phrase_ids` and `text_phrase_ids`."""
+UNTILED = 1024
+"""Samples of all ranks from which tiles are about as fast as one piece, and sharing out is faster than gathering."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +47,7 @@ class Dims:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What an objective's encode step returns. The trainer gathers every tensor over the ranks along the first axis."""
+    """What an objective's encode step returns, for the samples of this rank."""
 
     image_BD: Tensor
     text_BD: Tensor
@@ -81,13 +93,18 @@ class Encoder(Protocol):
 
 
 class Objective(Protocol):
-    """What `build` returns: an nn.Module with two steps."""
+    """What `build` returns: an nn.Module with two steps.
+
+    The second step gets the features of this rank. An objective whose COUPLING is not local begins with
+    `gather_features`, or calls `contrast` or another function that works over ranks. Either way N ranks must give the
+    loss and, averaged over the ranks, the gradients of one process on the whole batch.
+    """
 
     def encode(self, model: Encoder, pixels_BCHW: Tensor, batch: Batch) -> Features:
         """Forward both towers for what the loss needs. Pixels are normalised already."""
 
     def __call__(self, features: Features, logit_scale: Tensor) -> LossOutput:
-        """The loss over the features of all ranks; `logit_scale` is the model's, as a factor."""
+        """The loss over the batch of all ranks, equal on each; `logit_scale` is the model's, as a factor."""
 
 
 def names() -> list[str]:
@@ -110,26 +127,103 @@ def load(settings: Mapping[str, Any]) -> tuple[Any, StrictModel]:
         raise ConfigError("\n".join(f"objective.{line}" for line in explain(error, known).splitlines())) from error
 
 
-def gathered_logits(features: Features, logit_scale: Tensor) -> Tensor:
-    """BB scaled cosines, rows images, columns texts, in float32 whatever the towers computed in."""
-    return logit_scale.float() * (features.image_BD.float() @ features.text_BD.float().T)
+def gather_features(features: Features) -> Features:
+    """Features of all ranks in rank order, with gradients."""
+    return features.map(distributed.gather)
 
 
-def equal_captions(phrase_ids_BP: Tensor) -> Tensor:
-    """BB bool: pairs of samples with equal own captions."""
-    own_B = phrase_ids_BP[:, 0]
-    return own_B[:, None] == own_B[None, :]
+def way_for(exchange: Exchange, samples: int) -> Way:
+    """How to share out the loss of a batch; `samples`: of this rank."""
+    if distributed.world_size() == 1:
+        return "gather"
+    if exchange != "auto":
+        return exchange
+    return "gather" if samples * distributed.world_size() < UNTILED else "local"
 
 
-def true_texts(phrase_ids_BP: Tensor, text_phrase_ids_BQ: Tensor) -> Tensor:
-    """BB bool: text j says nothing but captions and labels of picture i, so it is true of that picture as well."""
-    distinct_U, where_BQ = text_phrase_ids_BQ.unique(return_inverse=True)
-    place_BP = torch.searchsorted(distinct_U, phrase_ids_BP).clamp_(max=len(distinct_U) - 1)
-    row, column = (distinct_U[place_BP] == phrase_ids_BP).nonzero(as_tuple=True)
-    known_BU = (distinct_U < 0).repeat(len(phrase_ids_BP), 1)
-    known_BU[row, place_BP[row, column]] = True
-    true_BB: Tensor = known_BU[:, where_BQ].all(dim=2)
-    return true_BB
+def contrast(
+    features: Features,
+    logit_scale: Tensor,
+    labels: Side = (),
+    judge: Judge | None = None,
+    *,
+    smoothing: float = 0.0,
+    decoupled: bool = False,
+    weights: tuple[Tensor, Tensor] | None = None,
+    exchange: Exchange = "auto",
+    precision: Precision = "fp32",
+) -> tuple[Tensor, Tensor]:
+    """(image-to-text, text-to-image) cross-entropy over the batch of all ranks, scalars; see `_kernel.two_way`.
+
+    Less than UNTILED samples with nothing but excluded pairs and smoothing are computed in one piece, in float32.
+    """
+    image_BD, text_BD = features.image_BD, features.text_BD
+    way = way_for(exchange, len(image_BD))
+    if way == "gather":
+        image_BD, text_BD, labels = gather(image_BD), gather(text_BD), tuple(map(gather, labels))
+        weights = weights and (gather(weights[0]), gather(weights[1]))
+        pairs = judge(labels, labels) if judge and len(image_BD) < UNTILED else Pairs()
+        special = decoupled or any(item is not None for item in (weights, pairs.log_weight_RC, pairs.target_RC))
+        if len(image_BD) < UNTILED and not special:
+            logits_BB = logit_scale.float() * (image_BD.float() @ text_BD.float().T)
+            if pairs.excluded_RC is not None:
+                logits_BB = mask_pairs(logits_BB, pairs.excluded_RC)
+            return _row_loss(logits_BB, smoothing), _row_loss(logits_BB.T, smoothing)
+    job = Job(way, precision, judge, smoothing, decoupled)
+    return two_way(image_BD, text_BD, logit_scale, labels, job, weights)
+
+
+def sigmoid_contrast(
+    features: Features,
+    logit_scale: Tensor,
+    bias: Tensor,
+    labels: Side = (),
+    judge: Judge | None = None,
+    *,
+    exchange: Exchange = "auto",
+    precision: Precision = "fp32",
+) -> Tensor:
+    """Pairwise sigmoid loss over the batch of all ranks, a scalar; see `_kernel.pairwise_sigmoid`."""
+    image_BD, text_BD = features.image_BD, features.text_BD
+    way = way_for(exchange, len(image_BD))
+    if way == "gather":
+        image_BD, text_BD, labels = gather(image_BD), gather(text_BD), tuple(map(gather, labels))
+    return pairwise_sigmoid(image_BD, text_BD, logit_scale, bias, labels, Job(way, precision, judge))
+
+
+def encode_pairs(model: Encoder, pixels_BCHW: Tensor, batch: Batch, mask: Mask, name: str) -> Features:
+    """Both towers once, and the phrases that `mask` compares. Raises MissingField."""
+    by = f"{name} with mask={mask}"
+    return Features(
+        image_BD=model.encode_image(pixels_BCHW, normalize=True),
+        text_BD=model.encode_text(batch.text_input, normalize=True),
+        phrase_ids_BP=None if mask == "none" else batch.require("phrase_ids", by),
+        text_phrase_ids_BQ=batch.require("text_phrase_ids", by) if mask == "labels" else None,
+    )
+
+
+def phrase_labels(features: Features) -> Side:
+    """What `false_negatives` compares, as far as the features hold it."""
+    return tuple(ids for ids in (features.phrase_ids_BP, features.text_phrase_ids_BQ) if ids is not None)
+
+
+def false_negatives(rows: Side, columns: Side) -> Pairs:
+    """Pairs with equal own captions, and those whose text is true of the picture where texts' phrases are given."""
+    excluded_RC = rows[0][:, :1] == columns[0][:, 0]
+    if len(rows) > 1:
+        excluded_RC |= true_texts(rows[0], columns[1])
+    return Pairs(excluded_RC)
+
+
+def true_texts(phrase_ids_RP: Tensor, text_phrase_ids_CQ: Tensor) -> Tensor:
+    """RC bool: text j says nothing but captions and labels of picture i, so it is true of that picture as well."""
+    distinct_U, where_CQ = text_phrase_ids_CQ.unique(return_inverse=True)
+    place_RP = torch.searchsorted(distinct_U, phrase_ids_RP).clamp_(max=len(distinct_U) - 1)
+    row, column = (distinct_U[place_RP] == phrase_ids_RP).nonzero(as_tuple=True)
+    known_RU = (distinct_U < 0).repeat(len(phrase_ids_RP), 1)
+    known_RU[row, place_RP[row, column]] = True
+    true_RC: Tensor = known_RU[:, where_CQ].all(dim=2)
+    return true_RC
 
 
 def mask_pairs(logits_BB: Tensor, pairs_BB: Tensor) -> Tensor:
@@ -138,16 +232,8 @@ def mask_pairs(logits_BB: Tensor, pairs_BB: Tensor) -> Tensor:
     return logits_BB.masked_fill(pairs_BB & others, float("-inf"))
 
 
-def info_nce(logits_BB: Tensor, image_weight: float = 0.5, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, image-to-text part, text-to-image part) of the two-way cross-entropy with the diagonal as target.
-
-    `smoothing` spreads that share of the target evenly over the unmasked entries of a row.
-    """
-    forward, backward = _row_loss(logits_BB, smoothing), _row_loss(logits_BB.T, smoothing)
-    return image_weight * forward + (1.0 - image_weight) * backward, forward, backward
-
-
 def _row_loss(logits_BB: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy with the diagonal as target, `smoothing` of it spread evenly over the unmasked entries of a row."""
     targets = torch.arange(len(logits_BB), device=logits_BB.device)
     loss = F.cross_entropy(logits_BB, targets)
     if smoothing == 0.0:

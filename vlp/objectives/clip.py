@@ -4,23 +4,23 @@ With `image_weight` 0.75 and `fixed_temperature` 0.1 it is ConVIRT (Zhang et al.
 Neutral setting, plain CLIP bit for bit: mask=none, image_weight=0.5, smoothing=0, no fixed temperature.
 """
 
-from typing import Literal
-
 from torch import Tensor, nn
 
 from data_pipelines.batch import Batch
 from data_pipelines.config import StrictModel
+from vlp.objectives._kernel import Precision
 from vlp.objectives.base import (
     Coupling,
     Dims,
     Encoder,
+    Exchange,
     Features,
     LossOutput,
-    equal_captions,
-    gathered_logits,
-    info_nce,
-    mask_pairs,
-    true_texts,
+    Mask,
+    contrast,
+    encode_pairs,
+    false_negatives,
+    phrase_labels,
 )
 
 NEEDS: tuple[str, ...] = ("pixels", "tokens")
@@ -30,7 +30,7 @@ COUPLING: Coupling = "global"
 class Config(StrictModel):
     """Options of the loss; the defaults are plain CLIP."""
 
-    mask: Literal["none", "captions", "labels"] = "none"
+    mask: Mask = "none"
     """Which pairs are not used as negatives. captions: equal own captions. labels: also texts made of nothing but
     labels and captions that the picture carries too. Needs the batch fields `phrase_ids` and `text_phrase_ids`."""
     image_weight: float = 0.5
@@ -39,19 +39,28 @@ class Config(StrictModel):
     """Share of the target spread over the other entries of a row."""
     fixed_temperature: float | None = None
     """Use this temperature instead of the model's learned scale."""
+    exchange: Exchange = "auto"
+    """How ranks share the loss: gather, every rank all of it; local, its own images against all texts; ring, one rank's
+    texts at a time, for batches too large to gather. All give the same."""
+    precision: Precision = "fp32"
+    """Of the scores of batches that are computed in tiles; bf16 is faster and exact to about 0.001."""
 
 
 def clip_loss(features: Features, logit_scale: Tensor, config: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, image-to-text part, text-to-image part), scalars."""
+    """(loss, image-to-text part, text-to-image part), scalars, over the batch of all ranks."""
     if config.fixed_temperature is not None:
         logit_scale = logit_scale.new_tensor(1.0 / config.fixed_temperature)
-    logits_BB = gathered_logits(features, logit_scale)
-    if features.phrase_ids_BP is not None:
-        pairs = equal_captions(features.phrase_ids_BP)
-        if features.text_phrase_ids_BQ is not None:
-            pairs = pairs | true_texts(features.phrase_ids_BP, features.text_phrase_ids_BQ)
-        logits_BB = mask_pairs(logits_BB, pairs)
-    return info_nce(logits_BB, config.image_weight, config.smoothing)
+    labels = phrase_labels(features)
+    forward, backward = contrast(
+        features,
+        logit_scale,
+        labels,
+        false_negatives if labels else None,
+        smoothing=config.smoothing,
+        exchange=config.exchange,
+        precision=config.precision,
+    )
+    return config.image_weight * forward + (1.0 - config.image_weight) * backward, forward, backward
 
 
 class Clip(nn.Module):
@@ -63,16 +72,10 @@ class Clip(nn.Module):
 
     def encode(self, model: Encoder, pixels_BCHW: Tensor, batch: Batch) -> Features:
         """Both towers once."""
-        mask, by = self.config.mask, f"clip with mask={self.config.mask}"
-        return Features(
-            image_BD=model.encode_image(pixels_BCHW, normalize=True),
-            text_BD=model.encode_text(batch.text_input, normalize=True),
-            phrase_ids_BP=None if mask == "none" else batch.require("phrase_ids", by),
-            text_phrase_ids_BQ=batch.require("text_phrase_ids", by) if mask == "labels" else None,
-        )
+        return encode_pairs(model, pixels_BCHW, batch, self.config.mask, "clip")
 
     def forward(self, features: Features, logit_scale: Tensor) -> LossOutput:
-        """The loss over the gathered features."""
+        """The loss over the batch of all ranks."""
         loss, forward, backward = clip_loss(features, logit_scale, self.config)
         return LossOutput(loss, {"image_to_text": forward.detach(), "text_to_image": backward.detach()})
 

@@ -1,0 +1,111 @@
+"""N ranks equal one process on the whole batch, for every objective and every way of sharing the loss out."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data_pipelines.batch import Batch
+from vlp import distributed
+from vlp.distributed import Way
+from vlp.models import instantiate
+from vlp.objectives import base
+from vlp.objectives._kernel import Job, two_way
+from vlp.testing import MICRO, run_ranks
+
+COUNT = 8
+WAYS = ("gather", "local", "ring")
+CASES: list[dict[str, Any]] = [
+    {"name": "clip", "exchange": way, **options}
+    for way in WAYS
+    for options in ({}, {"mask": "labels", "smoothing": 0.2, "image_weight": 0.75})
+] + [{"name": "siglip", "exchange": way, "mask": mask} for way in WAYS for mask in ("none", "labels")]
+CASES += [{"name": name} for name in base.names()]
+
+
+def whole_batch() -> Batch:
+    """Every field an objective may need; some captions and labels are shared across ranks."""
+    generator = torch.Generator().manual_seed(0)
+    return Batch(
+        keys=tuple(map(str, range(COUNT))),
+        pixels=torch.randint(0, 256, (COUNT, 3, 16, 16), generator=generator, dtype=torch.uint8),
+        tokens=torch.randint(1, 96, (COUNT, 12), generator=generator),
+        phrase_ids=torch.stack([torch.arange(COUNT) % 5, torch.arange(COUNT) % 3 + 100], dim=1),
+        text_phrase_ids=torch.arange(COUNT)[:, None] % 4 + 100,
+        label_ids=torch.arange(COUNT) % 3,
+    )
+
+
+def gradients(options: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and averaged gradients of model and objective, from this rank's share of the batch, as the trainer does."""
+    world, rank, whole = distributed.world_size(), distributed.rank(), whole_batch()
+    rows = slice(rank * COUNT // world, (rank + 1) * COUNT // world)
+    batch = Batch(
+        keys=whole.keys[rows],
+        pixels=whole.pixels[rows],
+        tokens=whole.tokens[rows],
+        **{name: getattr(whole, name)[rows] for name in ("phrase_ids", "text_phrase_ids", "label_ids")},
+    )
+    torch.manual_seed(0)
+    model = instantiate(MICRO)
+    module, config = base.load(options)
+    objective = module.build(config, base.Dims(16, 2.0))
+    features = objective.encode(model, batch.pixels.float() / 255, batch)
+    output = objective(features, model.logit_scale.exp())  # type: ignore[operator]
+    output.loss.backward()
+    named = {n: p for part in (model, objective) for n, p in part.named_parameters() if p.grad is not None}
+    distributed.average_gradients(list(named.values()))
+    return float(output.loss.detach()), {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
+
+
+def all_gradients(rank: int) -> list[tuple[float, dict[str, list[float]]]]:
+    base.UNTILED = 4  # the default then shares out this small batch as it does a large one
+    found = [gradients(options) for options in CASES]
+    return [(loss, {name: value.flatten().tolist() for name, value in grads.items()}) for loss, grads in found]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_equal_one_process(world: int) -> None:
+    results = run_ranks(all_gradients, world)
+    for number, options in enumerate(CASES):
+        loss, expected = gradients(options)
+        assert "logit_scale" in expected
+        for result in results:
+            other_loss, found = result[number]
+            assert other_loss == pytest.approx(loss, rel=2e-6), options
+            assert found.keys() == expected.keys()
+            wanted, got = (
+                torch.cat([torch.as_tensor(grads[n]).flatten() for n in expected]) for grads in (expected, found)
+            )
+            assert (got - wanted).norm() <= 2e-5 * wanted.norm(), options
+            assert found["logit_scale"][0] == pytest.approx(float(expected["logit_scale"]), rel=2e-5, abs=1e-6), options
+            if "logit_bias" in expected:
+                assert found["logit_bias"][0] == pytest.approx(float(expected["logit_bias"]), rel=2e-5), options
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many entries the largest tensor had that anything returned."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        found = out if isinstance(out, tuple | list) else [out]
+        self.entries = max([self.entries, *(item.numel() for item in found if isinstance(item, torch.Tensor))])
+        return out
+
+
+def largest(rank: int, way: Way) -> int:
+    """Entries of the largest tensor of a rank with 64 samples while the loss is shared out this way."""
+    image, text = (F.normalize(torch.randn(64, 4), dim=1).requires_grad_() for _ in range(2))
+    with Largest() as seen:  # type: ignore[no-untyped-call]
+        forward, backward = two_way(image, text, torch.tensor(10.0), (), Job(way, tile=16))
+        (forward + backward).backward()
+    return int(seen.entries)
+
+
+def test_on_the_ring_a_rank_holds_no_more_than_its_own_samples() -> None:
+    """64 samples x 5 sums, twice while two are merged; the matrix of all pairs has 256 x 256 entries."""
+    assert max(run_ranks(largest, 4, ("ring",))) <= 2 * 5 * 64
