@@ -62,6 +62,12 @@ ROWS ?=
 bench-data: $(PEERS_STAMP)  ## the figures of the data path against their peers (about 40 minutes; ROWS=a,b for some)
 	$(call step,data path,$(BIN)/python tests/benchmarks/bench_data.py --rows "$(ROWS)")
 
+bench-train: $(PEERS_STAMP)  ## the figures of the trainer against open_clip's (about 60 minutes; ROWS=a,b for some)
+	$(call step,trainer,$(BIN)/python tests/benchmarks/bench_train.py --rows "$(ROWS)")
+
+prove-train: setup  ## the slow proofs of the trainer: kills, signals, damaged checkpoints, bad losses (about 20 minutes)
+	$(call step,proofs,$(BIN)/python tests/benchmarks/prove.py train)
+
 prove-data: setup  ## the slow proofs of sharding and streaming: kills, faults, resume on other ranks (about 30 minutes)
 	$(call step,Ray and an S3 server,$(BIN)/python -m pip install --disable-pip-version-check --editable '.[serve$(COMMA)dev$(COMMA)ray$(COMMA)s3]'; \
 	  $(PYTHON) -m venv $(PEERS)/moto; $(PEERS)/moto/bin/python -m pip install --disable-pip-version-check 'moto[server]')

@@ -75,7 +75,7 @@ class RunConfig(StrictModel):
     compile: bool = False
     """torch.compile both towers: minutes at the start, faster steps on GPUs."""
     strategy: Strategy = "ddp"
-    """With several ranks. ddp: each holds the whole model. fsdp: they share out its towers (FSDP2), for large models."""
+    """With several ranks. ddp: each holds the whole model. fsdp: they share its towers (FSDP2), for large models."""
     device: str = "auto"
     processes: int = Field(1, ge=1)
     """Ranks `vlp train` starts on this machine; below torchrun, torchrun says how many. For CPUs."""

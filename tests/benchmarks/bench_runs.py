@@ -14,13 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from bench_kit import ROOT, Row, compare, missing, take_turns
 from bench_loader import PEER_PACKAGES
 from safetensors.torch import save_file
 
 from data_pipelines.files import cache_dir
 from vlp.bundle import WEIGHTS, save_bundle
+from vlp.models.weights import read_file
 from vlp.recipe import Recipe, dump, load_recipe, validate
 from vlp.run import current_bundle, prepare
 from vlp.runlog import RunLog
@@ -222,7 +222,7 @@ def starter_rows(seconds: float, seeds: int) -> list[Row]:
             epochs = max(1, round(spent / max(1.0, (lines[-1][0] - lines[0][0]).total_seconds())))
             lines = log_lines(peer_train(recipe, model, folder / "peer", 128 * 25, epochs, seed))
             used = (lines[-1][0] - lines[0][0]).total_seconds()
-            weights = torch.load(folder / f"peer/run/checkpoints/epoch_{epochs}.pt", weights_only=True)["state_dict"]
+            weights = read_file(folder / f"peer/run/checkpoints/epoch_{epochs}.pt")
             (model / "bundle.json").unlink()
             save_file({key: value.contiguous() for key, value in weights.items()}, model / WEIGHTS)
             pairs.append((recall(folder / "ours", shards), recall(model, shards), spent, used))

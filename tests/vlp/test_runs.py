@@ -35,6 +35,7 @@ def runs(micro_recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
     for name, seed, steps in (("20260101-120000-starter-clip", 0, 10), ("b", 1, 5)):
         folder = tmp_path / "runs" / name
         runlog = RunLog(folder, ())
+        folder.mkdir(parents=True)
         (folder / "recipe.yaml").write_text(dump(micro_recipe(seed=seed, steps=10)))
         for step in range(1, steps + 1):
             runlog.append("metrics.jsonl", {"step": step, "seconds": step / 2, "loss": 5.0 - step / 10 - seed})

@@ -26,7 +26,7 @@ Make = Callable[..., Recipe]
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    timed = ("seconds", "samples_per_second", "data_wait")
+    timed = ("seconds", "samples_per_second", "data_wait", "mfu")
     return [{k: v for k, v in row.items() if k not in timed} for row in RunLog(folder).rows("metrics.jsonl")]
 
 

@@ -26,7 +26,7 @@ from vlp.train import train
 Make = Callable[..., Recipe]
 INTERVAL = 5
 CAMPAIGN = pytest.mark.parametrize("kills", [6, pytest.param(200, marks=pytest.mark.slow)])
-TIMED = ("seconds", "samples_per_second", "data_wait")
+TIMED = ("seconds", "samples_per_second", "data_wait", "mfu")
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
