@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test bench-data prove-data format clean
+.PHONY: help setup demo test bench-data prove-data bench-train prove-train format clean
 
 PYTHON ?= python3
 VENV ?= .venv
