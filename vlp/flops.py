@@ -66,8 +66,9 @@ class Peak:
 class StepFlops:
     """FLOPs of training on one sample, counted once per picture side and text length."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Copies the model without its weights; training is not touched."""
+    def __init__(self, model: nn.Module, channels: int = 3) -> None:
+        """Copies the model without its weights; training is not touched. `channels`: of its pictures."""
+        self._channels = channels
         self._model = copy.deepcopy(model).to("meta").eval()
         self._known: dict[tuple[str, int], int] = {}
 
@@ -86,7 +87,7 @@ class StepFlops:
         return self._known[name, size]
 
     def _image(self, side: int) -> None:
-        self._model.encode_image(torch.empty(1, 3, side, side, device="meta"))  # type: ignore[operator]
+        self._model.encode_image(torch.empty(1, self._channels, side, side, device="meta"))  # type: ignore[operator]
 
     def _text(self, length: int) -> None:
         tower: Any = getattr(self._model, "text", self._model)

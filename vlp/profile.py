@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from data_pipelines.batch import Batch
 from data_pipelines.errors import ConfigError
 from vlp import distributed
-from vlp.flops import StepFlops, device_peak, mfu
+from vlp.flops import device_peak, mfu
 from vlp.frozen import FeatureLoader
 from vlp.launch import local_ranks
 from vlp.models import locking
@@ -117,7 +117,7 @@ def _figures(run: Run, batch: Batch, rows: Sequence[Mapping[str, float]]) -> dic
     if batch.image_features is None:  # with frozen trunks there is next to nothing to compute
         tower = getattr(run.model, "text", None)
         length = int(batch.tokens.argmax(dim=1).max()) + 1 if can_trim(tower) else batch.tokens.shape[1]
-        sample = StepFlops(run.model).sample(batch.pixels.shape[-1], length)
+        sample = run.flops.sample(batch.pixels.shape[-1], length)
         peak = device_peak(run.device, run.recipe.run.precision)
         result |= {"sample_flops": sample, "peak_flops": peak.flops, "peak_source": peak.source}
         result["mfu"] = mfu(speed, sample, peak)

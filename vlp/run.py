@@ -102,7 +102,7 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
     model, model_cfg = build_model(recipe.model, *sizes)
     scale = float(model.logit_scale.detach())  # type: ignore[operator]
     model = _place(model, recipe, device)
-    flops = StepFlops(model)
+    flops = StepFlops(model, image.channels)
     distributed.wrap(model, recipe.run.strategy)
     module, options = objectives.load(recipe.objective)
     objective = module.build(options, objectives.Dims(int(model_cfg["embed_dim"]), scale)).to(device)

@@ -10,18 +10,16 @@ from click.testing import CliRunner
 
 from data_pipelines.cli import shard
 from data_pipelines.errors import BundleError
-from data_pipelines.loader import DataConfig, make_loader
-from data_pipelines.preprocess import ImageConfig, normalise
-from data_pipelines.tokens import learn_tokenizer
-from vlp.bundle import Bundle, load_bundle, save_bundle
+from data_pipelines.preprocess import ImageConfig
+from vlp.bundle import load_bundle, save_bundle
 from vlp.evals import evaluate
 from vlp.export import export_open_clip
 from vlp.infer import encode_images
-from vlp.models import ModelConfig, build_model
-from vlp.objectives import base as objectives
+from vlp.recipe import validate
 from vlp.report import load_gallery, picture_sheet
 from vlp.testing import MICRO
 from vlp.torchvision_guard import ensure_torchvision
+from vlp.train import train
 
 ensure_torchvision()
 import open_clip  # noqa: E402
@@ -62,21 +60,19 @@ def test_training_on_other_bands_ends_in_a_bundle_that_works(kind: str, config: 
     """Forty steps tell four spectra apart; the saved bundle gives the same answers, from .npy bytes as well."""
     shards = shards_of(kind, tmp_path)
     image = ImageConfig(size=16, **KINDS[kind])
-    augment = {"flip": 0.5, "rotate": 5, "ground": 0}
-    data = DataConfig.model_validate({"train": str(shards), "batch_size": 16, "image": image, "augment": augment})
-    tokenizer = learn_tokenizer(CLASSES, 300, 12)
-    torch.manual_seed(0)
-    model, model_cfg = build_model(ModelConfig(config=config), 16, 12, tokenizer.vocab_size, image.channels)
-    module, options = objectives.load({"name": "clip", "mask": "captions"})
-    objective = module.build(options, objectives.Dims(16, float(model.get_parameter("logit_scale").detach())))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for batch in make_loader(data, tokenizer, seed=0).batches(range(40)):
-        features = objective.encode(model, normalise(batch.pixels, image), batch)
-        loss = objective(features, model.get_parameter("logit_scale").exp()).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    bundle = Bundle("bands", model.eval(), model_cfg, image, tokenizer)
+    recipe = validate({
+        "data": {
+            "train": str(shards), "batch_size": 16, "image": image.model_dump(),
+            "augment": {"flip": 0.5, "rotate": 5, "ground": 0},
+        },
+        "tokenizer": {"kind": "learn", "vocab_size": 300, "context_length": 12},
+        "model": {"config": config},
+        "objective": {"name": "clip", "mask": "captions"},
+        "optim": {"lr": 3e-3, "warmup": 0, "schedule": "constant"},
+        "run": {"steps": 40, "precision": "fp32", "threads": 1, "save_every": 0},
+    })  # fmt: skip
+    train(recipe, tmp_path / "run", show=False)
+    bundle = load_bundle(tmp_path / "run")
     metrics = evaluate(bundle, "retrieval", shards)
     assert metrics["image_to_text/R@1"] >= 0.9
     assert metrics["pictures"] == 32

@@ -51,8 +51,11 @@ def wait_for_steps(process: "subprocess.Popen[str]", folder: Path, steps: int) -
         time.sleep(0.05)
 
 
-def test_two_ranks_below_torchrun_train_as_one_process_does(micro_recipe: Make, trained: Path, tmp_path: Path) -> None:
-    process = start(micro_recipe(), tmp_path / "run", *TORCHRUN)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_below_torchrun_train_as_one_process_does(
+    micro_recipe: Make, trained: Path, tmp_path: Path, strategy: str
+) -> None:
+    process = start(micro_recipe(strategy=strategy), tmp_path / "run", *TORCHRUN)
     message = process.communicate(timeout=180)[1]
     assert process.returncode == 0, message
     assert losses(tmp_path / "run") == pytest.approx(losses(trained), rel=1e-4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_pipelines.batch import Batch
-from data_pipelines.errors import PipelineError
+from data_pipelines.errors import ConfigError, PipelineError
 from vlp.bundle import load_bundle
 from vlp.guard import Guard
 from vlp.models.locking import set_training
@@ -46,8 +46,14 @@ def test_parts_of_a_batch_give_the_gradients_of_the_whole(micro_recipe: Make, tm
 
 
 def dropping(recipe: Recipe) -> Recipe:
-    vision = {**recipe.model.config["vision_cfg"], "patch_size": 4, "patch_dropout": 0.5}  # type: ignore[index]
-    return changed(recipe, model={"config": {**recipe.model.config, "vision_cfg": vision}})  # type: ignore[dict-item]
+    vision = {**recipe.model.config["vision_cfg"], "patch_size": 4}  # type: ignore[index]
+    config = {**recipe.model.config, "vision_cfg": vision}  # type: ignore[dict-item]
+    return changed(recipe, model={"config": config, "patch_dropout": 0.5})
+
+
+def test_a_resnet_has_no_patches_to_drop(micro_recipe: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.patch_dropout=0\.5: the image tower is a ResNet"):
+        prepare(changed(micro_recipe(), model={"config": None, "name": "RN50", "patch_dropout": 0.5}), tmp_path)
 
 
 def test_dropped_patches_depend_on_seed_step_and_part_alone(micro_recipe: Make, tmp_path: Path) -> None:

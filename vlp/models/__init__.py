@@ -70,6 +70,12 @@ def resolve_config(config: ModelConfig) -> ModelDict:
         found["text_cfg"]["hf_model_name"] = config.text_tower
     if config.init_logit_scale is not None:
         found["init_logit_scale"] = config.init_logit_scale
+    if config.patch_dropout is not None:
+        if isinstance(found["vision_cfg"].get("layers"), list):
+            raise ConfigError(
+                f"model.patch_dropout={config.patch_dropout}: the image tower is a ResNet, without patches"
+            )
+        found["vision_cfg"]["patch_dropout"] = config.patch_dropout
     return found
 
 

@@ -24,6 +24,9 @@ class ModelConfig(StrictModel):
     """Local folder with the config.json of the Hugging Face text tower that a config names by its place on the hub."""
     init_logit_scale: float | None = None
     """Logarithm of the first logit scale; default as in the config, else ln(1/0.07)."""
+    patch_dropout: float | None = Field(None, ge=0, lt=1)
+    """Share of the patches of every picture that a ViT leaves out in training (FLIP, arXiv 2212.00794); default as in
+    the config."""
     weights: str | None = None
     """Weights of the whole model: an open_clip checkpoint (.pt, .pth, .bin), a .safetensors file, an open_clip folder,
     a Hugging Face CLIPModel folder, a bundle or a run. Positions are fitted to another picture size or text length."""
