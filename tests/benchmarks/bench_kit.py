@@ -90,10 +90,11 @@ def machine() -> str:
     return f"{model}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
 
 
-def write(suite: str, rows: Sequence[Any], folder: Path = RESULTS) -> Path:
+def write(suite: str, rows: Sequence[Any], folder: Path = RESULTS, group: str = "") -> Path:
     """Write or update the result file of a suite: rows measured now replace those of the same name, others stay.
 
-    `rows`: dataclasses with a `name`, such as Row; those of figures get the command that measures them again.
+    `rows`: dataclasses with a `name`, such as Row; those of figures get the command that measures them again, by the
+    name of their `group`, or their own.
     """
     path = folder / f"{suite}.json"
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
@@ -104,7 +105,8 @@ def write(suite: str, rows: Sequence[Any], folder: Path = RESULTS) -> Path:
         "machine": machine(),
     }
     again = {
-        row.name: {"command": f"make bench-{suite} ROWS={row.name}"} if isinstance(row, Row) else {} for row in rows
+        row.name: {"command": f"make bench-{suite} ROWS={group or row.name}"} if isinstance(row, Row) else {}
+        for row in rows
     }
     fresh = {row.name: asdict(row) | again[row.name] | when for row in rows}
     merged = [fresh.pop(row["name"], row) for row in kept]
@@ -170,7 +172,7 @@ def measure(suite: str, known: Mapping[str, Callable[[], list[Row]]], rows: str,
                 f"{row.name}: {row.ratio} ({row.low} - {row.high}), goal {row.goal}, equal {row.equal}: {row.note}\n"
             )
             sys.stdout.flush()
-            result = write(suite, [row])
+            result = write(suite, [row], group=name)
     if readme:
         page = ROOT / "README.md"
         page.write_text(render(page, result))
