@@ -6,6 +6,7 @@ activation checkpointing does not. A frozen trunk costs its forward pass only, t
 """
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from data_pipelines.batch import Batch
 from vlp.models import trunk_of
 from vlp.models.text import can_trim
 
@@ -78,6 +80,14 @@ class StepFlops:
         `length` is what the tower computes: with trimmed text the tokens that are left, else the context length.
         """
         return self._tower("visual", side) + self._tower("text", length)
+
+    def sample_of(self, batch: Batch) -> int:
+        """The same for the mean sample of a batch, whose texts are trimmed where the tower allows it.
+
+        In steps of eight tokens, because every length is counted anew, and that takes a while.
+        """
+        length = 8 * math.ceil((float(batch.tokens.argmax(dim=1).float().mean()) + 1) / 8)
+        return self.sample(batch.pixels.shape[-1], min(length, batch.tokens.shape[1]))
 
     def _tower(self, name: str, size: int) -> int:
         if (name, size) not in self._known:

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipelines.augment import AugmentConfig, augment
@@ -20,6 +19,7 @@ from data_pipelines.loader import VIEWS, Loader, LoaderState
 from data_pipelines.preprocess import normalise
 from data_pipelines.stream import Decoded
 from vlp.models import trunk_of
+from vlp.models.text import maybe_normalise
 from vlp.phases import phase
 
 CHUNK = 64
@@ -41,16 +41,12 @@ class FrozenHeads(nn.Module):
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """BF trunk features to BD."""
         with phase("forward_image"):
-            return _maybe_normalise(self.image_head(image), normalize)
+            return maybe_normalise(self.image_head(image), normalize)
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """BF trunk features to BD."""
         with phase("forward_text"):
-            return _maybe_normalise(self.text_head(text), normalize)
-
-
-def _maybe_normalise(features: Tensor, normalise_them: bool) -> Tensor:
-    return F.normalize(features, dim=-1) if normalise_them else features
+            return maybe_normalise(self.text_head(text), normalize)
 
 
 class FeatureLoader:

@@ -21,7 +21,6 @@ from vlp.flops import device_peak, mfu
 from vlp.frozen import FeatureLoader
 from vlp.launch import local_ranks
 from vlp.models import locking
-from vlp.models.text import can_trim
 from vlp.phases import OTHER, PHASES, Recorder, phase, recording
 from vlp.recipe import Recipe, dump
 from vlp.run import Run, prepare
@@ -115,9 +114,7 @@ def _figures(run: Run, batch: Batch, rows: Sequence[Mapping[str, float]]) -> dic
         "rows": [dict(row) for row in rows],
     }
     if batch.image_features is None:  # with frozen trunks there is next to nothing to compute
-        tower = getattr(run.model, "text", None)
-        length = int(batch.tokens.argmax(dim=1).max()) + 1 if can_trim(tower) else batch.tokens.shape[1]
-        sample = run.flops.sample(batch.pixels.shape[-1], length)
+        sample = run.flops.sample_of(batch)
         peak = device_peak(run.device, run.recipe.run.precision)
         result |= {"sample_flops": sample, "peak_flops": peak.flops, "peak_source": peak.source}
         result["mfu"] = mfu(speed, sample, peak)

@@ -1,7 +1,6 @@
 """The trainer's loop: steps, metrics, evaluations, checkpoints, signals, and a bundle at the end."""
 
 import logging
-import math
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -142,10 +141,8 @@ def _speed(run: Run, batch: Batch, spent: Mapping[str, float]) -> dict[str, floa
     values = {"samples_per_second": mine * distributed.world_size(), "data_wait": spent.get("data", 0.0) / seconds}
     if batch.image_features is not None or run.step % run.recipe.run.log_every:
         return values
-    # in steps of eight tokens, because every length is counted anew, and that takes a while
-    length = 8 * math.ceil((float(batch.tokens.argmax(dim=1).float().mean()) + 1) / 8)
-    flops = run.flops.sample(batch.pixels.shape[-1], min(length, batch.tokens.shape[1]))
-    return values | {"mfu": mfu(mine, flops, device_peak(run.device, run.recipe.run.precision))}
+    peak = device_peak(run.device, run.recipe.run.precision)
+    return values | {"mfu": mfu(mine, run.flops.sample_of(batch), peak)}
 
 
 def _go_back_if_due(run: Run) -> None:
@@ -174,7 +171,6 @@ def _note(run: Run, values: dict[str, float]) -> bool:
     if not due:
         return False
     found = evals.evaluate_all(current_bundle(run), due)
-    locking.set_training(run.model)
     if lead:
         run.log.append("evals.jsonl", {"step": run.step, **found})
     name = settings.keep_best

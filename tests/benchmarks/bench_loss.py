@@ -8,7 +8,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_kit import Row, compare, cpu, take_turns, write
+from bench_kit import Row, compare, cpu, take_turns
 
 from vlp.objectives import clip
 from vlp.objectives._kernel import Precision
@@ -135,22 +134,14 @@ def loss_rows(batch: int = 8192, width: int = 512, rounds: int = 5) -> list[Row]
 
 
 def main() -> None:
-    """Measure and write, or answer for `fresh_peak`."""
+    """Answer for `fresh_peak`."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--batch", type=int, default=8192)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peak", choices=list(VARIANTS))
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--width", type=int, required=True)
+    parser.add_argument("--peak", choices=list(VARIANTS), required=True)
     options = parser.parse_args()
-    if options.peak:
-        torch.set_num_threads(1)
-        sys.stdout.write(json.dumps(peak(options.peak, options.batch, options.width)))
-        return
-    began = time.perf_counter()
-    rows = loss_rows(options.batch, options.width, options.rounds)
-    path = write("train", rows)
-    lines = [f"{row.name}: {row.ratio} ({row.low}-{row.high}) {row.goal} met={row.met} {row.note}" for row in rows]
-    sys.stdout.write("\n".join([*lines, f"{time.perf_counter() - began:.0f} s, written to {path}", ""]))
+    torch.set_num_threads(1)
+    sys.stdout.write(json.dumps(peak(options.peak, options.batch, options.width)))
 
 
 if __name__ == "__main__":

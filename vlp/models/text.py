@@ -85,13 +85,14 @@ class TrimmedText(nn.Module):
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """BCHW float to BD."""
         with phase("forward_image"):
-            return _maybe_normalise(self._image(image), normalize)
+            return maybe_normalise(self._image(image), normalize)
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """BL int64 to BD."""
         with phase("forward_text"):
-            return _maybe_normalise(self._text(text), normalize)
+            return maybe_normalise(self._text(text), normalize)
 
 
-def _maybe_normalise(features: Tensor, normalise_them: bool) -> Tensor:
+def maybe_normalise(features: Tensor, normalise_them: bool) -> Tensor:
+    """BD, of length one if asked."""
     return F.normalize(features, dim=-1) if normalise_them else features
