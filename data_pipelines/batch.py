@@ -34,6 +34,8 @@ class Batch:
     """B int64 class index, -1 = unknown."""
     multi_labels: Tensor | None = None
     """BK uint8 multi-hot."""
+    cluster_ids: Tensor | None = None
+    """BS int64: clusters or entities of a sample by a curation step, the closest first, padded with -1."""
     boxes: Tensor | None = None
     """BM4 float32, xyxy as fractions 0..1."""
     box_mask: Tensor | None = None

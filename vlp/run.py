@@ -105,8 +105,11 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
     flops = StepFlops(model, image.channels)
     distributed.wrap(model, recipe.run.strategy)
     module, options = objectives.load(recipe.objective)
-    objective = module.build(options, objectives.Dims(int(model_cfg["embed_dim"]), scale)).to(device)
     loader = make_loader(recipe.data, tokenizer, recipe.run.seed, rank, world)
+    dims = objectives.Dims(int(model_cfg["embed_dim"]), scale)
+    objective = module.build(options, dims).to(device)
+    if hasattr(objective, "attach"):
+        objective.attach(model)
     locking.apply(model, recipe.model, 1.0)  # what thaws later is no frozen trunk
     frozen = trunks_frozen(model)
     locking.apply(model, recipe.model, 0.0)

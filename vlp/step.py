@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,8 @@ def train_step(run: Run, batch: Batch) -> dict[str, float]:
             _clamp_scale(run)
             if run.ema is not None:
                 run.ema.update(run.model)
+            if hasattr(run.objective, "after_step"):
+                run.objective.after_step(run.model)
     run.step += 1
     if locking.apply(run.model, run.recipe.model, run.step / run.total):
         locking.set_training(run.model)
@@ -98,18 +101,24 @@ def encode(run: Run, batch: Batch, part: int = 0) -> Features:
     """What the objective needs of a batch or its `part`; drop-outs depend on seed, step, rank and part alone."""
     seed = np.random.SeedSequence([run.recipe.run.seed, run.step, distributed.rank(), part])
     torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> np.uint64(1)))
-    precision = run.recipe.run.precision
     if batch.image_features is not None:
         pixels = batch.image_features
     else:
-        pixels = normalise(batch.pixels, run.recipe.data.image)
-        if run.recipe.run.channels_last:
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-    if precision == "bf16":
-        pixels = pixels.bfloat16()
-    with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=precision == "amp_bf16"):
+        pixels = _network_input(run, batch.pixels)
+        if batch.views is not None:
+            batch = replace(batch, views=tuple(_network_input(run, view) for view in batch.views))
+    amp = run.recipe.run.precision == "amp_bf16"
+    with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=amp):
         features: Features = run.objective.encode(run.encoder, pixels, batch)
     return features
+
+
+def _network_input(run: Run, pixels_BCHW: Tensor) -> Tensor:
+    """Normalised, in the memory layout and type that the model takes."""
+    pixels_BCHW = normalise(pixels_BCHW, run.recipe.data.image)
+    if run.recipe.run.channels_last:
+        pixels_BCHW = pixels_BCHW.contiguous(memory_format=torch.channels_last)
+    return pixels_BCHW.bfloat16() if run.recipe.run.precision == "bf16" else pixels_BCHW
 
 
 def loss_of(run: Run, features: Features) -> LossOutput:

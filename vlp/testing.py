@@ -4,11 +4,13 @@ import os
 import socket
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from queue import Empty
 from typing import Any
 
 import torch
 
+from data_pipelines.batch import Batch
 from data_pipelines.preprocess import ImageConfig
 from data_pipelines.testing import draw
 from data_pipelines.tokens import learn_tokenizer
@@ -52,6 +54,49 @@ def micro_bundle(seed: int = 0) -> Bundle:
 def picture(seed: int = 0, size: tuple[int, int] = (40, 32), form: str = "JPEG") -> bytes:
     """A small encoded picture that depends on the seed alone."""
     return draw(size, format=form, seed=seed)
+
+
+def full_batch(count: int = 6, seed: int = 0) -> Batch:
+    """Random samples for `MICRO` with every field an objective may need; labels and captions partly shared."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.arange(count)
+
+    def pixels() -> torch.Tensor:
+        return torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8)
+
+    def tokens() -> torch.Tensor:
+        return torch.randint(1, 96, (count, 12), generator=generator)
+
+    return Batch(
+        keys=tuple(map(str, range(count))),
+        pixels=pixels(),
+        tokens=tokens(),
+        views=(pixels(), pixels()),
+        extra_tokens=(tokens(), tokens()),
+        phrase_ids=torch.stack([numbers % 5, numbers % 3 + 100], dim=1),
+        text_phrase_ids=numbers[:, None] % 4 + 100,
+        label_ids=numbers % 4 - 1,
+        multi_labels=torch.stack([numbers % 4 == 1, numbers % 4 == 2, numbers % 3 == 0], dim=1).to(torch.uint8),
+        cluster_ids=torch.stack([numbers % 5, (numbers + 1) % 5, torch.full((count,), -1)], dim=1),
+        weight=0.5 + torch.rand(count, generator=generator),
+    )
+
+
+FULL_CLASSES, FULL_CLUSTERS = 3, 5
+"""Classes and clusters that the labels of `full_batch` number."""
+
+
+def network_input(batch: Batch) -> tuple[torch.Tensor, Batch]:
+    """Pictures from 0 to 1 and the batch with its further views alike: the arguments of an objective's `encode`."""
+    views = batch.views and tuple(view.float() / 255 for view in batch.views)
+    return batch.pixels.float() / 255, replace(batch, views=views)
+
+
+def attached(objective: Any, model: torch.nn.Module) -> Any:
+    """An objective that has seen its model, as the trainer does before the first step."""
+    if hasattr(objective, "attach"):
+        objective.attach(model)
+    return objective
 
 
 def run_ranks(function: Callable[..., Any], world: int, arguments: Sequence[Any] = ()) -> list[Any]:

@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data_pipelines.batch import Batch
 from vlp import distributed
 from vlp.distributed import Way
 from vlp.models import instantiate
 from vlp.objectives import base
 from vlp.objectives._kernel import Job, two_way
-from vlp.testing import MICRO, run_ranks
+from vlp.objectives.base import Dims
+from vlp.testing import FULL_CLASSES, FULL_CLUSTERS, MICRO, attached, full_batch, network_input, run_ranks
 
 COUNT = 8
+DIMS = Dims(16, 2.0, FULL_CLASSES, FULL_CLUSTERS)
 WAYS = ("gather", "local", "ring")
 CASES: list[dict[str, Any]] = [
     {"name": "clip", "exchange": way, **options}
@@ -25,34 +26,14 @@ CASES: list[dict[str, Any]] = [
 CASES += [{"name": name} for name in base.names()]
 
 
-def whole_batch() -> Batch:
-    """Every field an objective may need; some captions and labels are shared across ranks."""
-    generator = torch.Generator().manual_seed(0)
-    return Batch(
-        keys=tuple(map(str, range(COUNT))),
-        pixels=torch.randint(0, 256, (COUNT, 3, 16, 16), generator=generator, dtype=torch.uint8),
-        tokens=torch.randint(1, 96, (COUNT, 12), generator=generator),
-        phrase_ids=torch.stack([torch.arange(COUNT) % 5, torch.arange(COUNT) % 3 + 100], dim=1),
-        text_phrase_ids=torch.arange(COUNT)[:, None] % 4 + 100,
-        label_ids=torch.arange(COUNT) % 3,
-    )
-
-
 def gradients(options: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and averaged gradients of model and objective, from this rank's share of the batch, as the trainer does."""
-    world, rank, whole = distributed.world_size(), distributed.rank(), whole_batch()
-    rows = slice(rank * COUNT // world, (rank + 1) * COUNT // world)
-    batch = Batch(
-        keys=whole.keys[rows],
-        pixels=whole.pixels[rows],
-        tokens=whole.tokens[rows],
-        **{name: getattr(whole, name)[rows] for name in ("phrase_ids", "text_phrase_ids", "label_ids")},
-    )
+    batch = full_batch(COUNT).split(distributed.world_size())[distributed.rank()]
     torch.manual_seed(0)
     model = instantiate(MICRO)
     module, config = base.load(options)
-    objective = module.build(config, base.Dims(16, 2.0))
-    features = objective.encode(model, batch.pixels.float() / 255, batch)
+    objective = attached(module.build(config, DIMS), model)
+    features = objective.encode(model, *network_input(batch))
     output = objective(features, model.logit_scale.exp())  # type: ignore[operator]
     output.loss.backward()
     named = {n: p for part in (model, objective) for n, p in part.named_parameters() if p.grad is not None}

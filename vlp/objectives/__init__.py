@@ -1,1 +1,1 @@
-"""One paper, one file: `NEEDS`, `Config`, `COUPLING`, `build(config, dims)`. The module name is the name."""
+"""One paper, one file: `NEEDS`, `Config`, `COUPLING`, `NEUTRAL`, `build(config, dims)`. The module name is the name."""

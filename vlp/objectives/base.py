@@ -6,8 +6,8 @@ Suffixes: B samples of this rank, or of all ranks once gathered; D embedding wid
 
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -43,6 +43,10 @@ class Dims:
     """D, width of the shared embedding."""
     init_logit_scale: float
     """Logarithm of the scale the model starts with."""
+    classes: int = 0
+    """Classes that `label_ids` and `multi_labels` number; 0 without `data.labels`."""
+    clusters: int = 0
+    """Clusters or entities that `cluster_ids` number; 0 without `data.clusters`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +59,27 @@ class Features:
     """Numbers of all captions and labels of a sample, its own caption first, padded with -1."""
     text_phrase_ids_BQ: Tensor | None = None
     """Numbers of the phrases in its text, padded with -1."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """What one objective needs besides, under names of its own: B rows each. Further views, labels, projections."""
 
-    def map(self, move: Any) -> "Features":
+    def map(self, move: Callable[[Tensor], Tensor]) -> "Features":
         """The same features with `move` applied to every tensor."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return replace(self, **{name: move(value) for name, value in values.items() if value is not None})
+        plain = {name: None if (old := getattr(self, name)) is None else move(old) for name in _PLAIN}
+        return Features(**plain, extra={name: move(value) for name, value in self.extra.items()})  # type: ignore[arg-type]
 
     def tensors(self) -> list[Tensor]:
-        """All tensors, in the order of the fields."""
-        return [value for item in fields(self) if (value := getattr(self, item.name)) is not None]
+        """All tensors, in a fixed order."""
+        plain = (getattr(self, name) for name in _PLAIN)
+        return [*(value for value in plain if value is not None), *self.extra.values()]
 
     @staticmethod
     def cat(parts: "Sequence[Features]") -> "Features":
         """Features of several parts of a batch, one after the other."""
         columns = iter(zip(*(part.tensors() for part in parts), strict=True))
         return parts[0].map(lambda _: torch.cat(next(columns)))
+
+
+_PLAIN = ("image_BD", "text_BD", "phrase_ids_BP", "text_phrase_ids_BQ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +108,14 @@ class Objective(Protocol):
     The second step gets the features of this rank. An objective whose COUPLING is not local begins with
     `gather_features`, or calls `contrast` or another function that works over ranks. Either way N ranks must give the
     loss and, averaged over the ranks, the gradients of one process on the whole batch.
+
+    An objective with a copy of the model to keep up (a momentum tower) also has `attach(model)`, called once before
+    the optimiser is made, and `after_step(model)`, called after every update that was applied. What it registers as
+    buffers or parameters is saved and resumed; parameters with a gradient are trained.
     """
 
     def encode(self, model: Encoder, pixels_BCHW: Tensor, batch: Batch) -> Features:
-        """Forward both towers for what the loss needs. Pixels are normalised already."""
+        """Forward both towers for what the loss needs. Pixels, and those of `batch.views`, are normalised already."""
 
     def __call__(self, features: Features, logit_scale: Tensor) -> LossOutput:
         """The loss over the batch of all ranks, equal on each; `logit_scale` is the model's, as a factor."""

@@ -4,6 +4,8 @@ With `image_weight` 0.75 and `fixed_temperature` 0.1 it is ConVIRT (Zhang et al.
 Neutral setting, plain CLIP bit for bit: mask=none, image_weight=0.5, smoothing=0, no fixed temperature.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from data_pipelines.batch import Batch
@@ -25,6 +27,8 @@ from vlp.objectives.base import (
 
 NEEDS: tuple[str, ...] = ("pixels", "tokens")
 COUPLING: Coupling = "global"
+NEUTRAL: dict[str, Any] | None = {}
+"""These options are plain CLIP."""
 
 
 class Config(StrictModel):

@@ -4,6 +4,8 @@ Its recipe starts the model's scale at 10 (`model.init_logit_scale` = ln 10); th
 The loss shares nothing with CLIP's: the neutral setting, mask=none, is open_clip's SigLipLoss.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,8 @@ from vlp.objectives.base import (
 
 NEEDS: tuple[str, ...] = ("pixels", "tokens")
 COUPLING: Coupling = "global"
+NEUTRAL: dict[str, Any] | None = None
+"""No option makes it plain CLIP: it shares nothing with a softmax."""
 
 
 class Config(StrictModel):
