@@ -19,7 +19,7 @@ from data_pipelines.loader import VIEWS, Loader, LoaderState
 from data_pipelines.preprocess import normalise
 from data_pipelines.stream import Decoded
 from vlp.models import trunk_of
-from vlp.models.text import maybe_normalise
+from vlp.models.lean import maybe_normalise
 from vlp.phases import phase
 
 CHUNK = 64

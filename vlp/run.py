@@ -21,7 +21,7 @@ from vlp.flops import StepFlops
 from vlp.frozen import FeatureLoader, FrozenHeads, trunks_frozen
 from vlp.guard import Guard
 from vlp.models import build_model, hf_folder, instantiate, locking, resolve_config
-from vlp.models.text import TrimmedText
+from vlp.models.lean import LeanModel
 from vlp.objectives import base as objectives
 from vlp.optim import Ema, build_optimizer, group_counts
 from vlp.recipe import Recipe
@@ -44,7 +44,7 @@ class Run:
     saver: Saver
     loader: Loader | FeatureLoader
     encoder: Any
-    """What the objective encodes with: the model with trimmed text, or its heads where both trunks are frozen."""
+    """What the objective encodes with: the lean model, or its heads where both trunks are frozen."""
     flops: StepFlops
     device: torch.device
     total: int
@@ -127,7 +127,7 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
         guard=Guard(recipe.run.spike),
         saver=Saver(folder / "checkpoints", recipe.run.keep),
         loader=FeatureLoader(loader, model, device) if frozen else loader,
-        encoder=FrozenHeads(model) if frozen else TrimmedText(model, recipe.run.strategy == "ddp", recipe.run.compile),
+        encoder=FrozenHeads(model) if frozen else LeanModel(model, recipe.run.strategy == "ddp", recipe.run.compile),
         flops=flops,
         device=device,
         total=total,

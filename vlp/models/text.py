@@ -1,9 +1,9 @@
 """Less text to compute: in a causal tower the positions behind a text's end token change nothing.
 
-A batch is sorted by length and goes through in groups, each cut behind its longest text. Suffixes: B texts, L tokens.
+A batch is sorted by length and cut behind the longest text of each group of similar length.
+Suffixes: B texts, L tokens, T tokens of all texts.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,88 +11,44 @@ import torch.nn.functional as F
 from open_clip.model import CLIP
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlp.phases import phase
+from vlp.models.blocks import Group, can_run, run_blocks
 
-SHORT = 32
-"""Tokens up to which plain attention is used, and texts are not grouped."""
-GROUP = 4
+GROUP = 2
 """Fewest texts of a group."""
+MOST_GROUPS = {"cpu": 16, "cuda": 4}
+"""More of them pad less; fewer keep a GPU's kernels large."""
 
 
-def can_trim(tower: object) -> bool:
+def can_trim(tower: Any) -> bool:
     """Whether trimming is exact: open_clip's text tower, causal, pooled at the highest id, which is the end token.
 
     `tower` is a text tower, or a plain open_clip CLIP, which is its own.
     """
-    if isinstance(tower, CLIP):
-        return tower.attn_mask is not None and tower.text_pool_type == "argmax"
-    return (
-        isinstance(tower, TextTransformer)
-        and tower.attn_mask is not None
-        and tower.cls_emb is None
-        and tower.pool_type == "argmax"
-    )
+    plain = isinstance(tower, CLIP) and tower.text_pool_type == "argmax"
+    custom = isinstance(tower, TextTransformer) and tower.cls_emb is None and tower.pool_type == "argmax"
+    return (plain or custom) and tower.attn_mask is not None and can_run(tower.transformer)
 
 
 def encode_trimmed(tower: Any, tokens_BL: Tensor) -> Tensor:
     """The tower's output for texts cut behind their group's last end token; BD, not normalised."""
-    ends_B = tokens_BL.argmax(dim=1)
-    lengths, order_B = (ends_B + 1).sort()
-    most = len(order_B) // GROUP if int(lengths[-1]) > SHORT else 1
-    groups = order_B.tensor_split(max(1, most))
-    pooled = [_last_tokens(tower, tokens_BL[rows], ends_B[rows]) for rows in groups]
-    features: Tensor = tower.ln_final(torch.cat(pooled)[order_B.argsort()])
+    device = tokens_BL.device
+    ends_B, order_B = tokens_BL.argmax(dim=1).sort()
+    count = max(1, min(MOST_GROUPS.get(device.type, MOST_GROUPS["cuda"]), len(ends_B) // GROUP))
+    lengths = [int(ends[-1]) + 1 for ends in ends_B.cpu().tensor_split(count)]
+    tokens, places, pooled, groups, first = [], [], [], list[Group](), 0
+    for length, ends, rows in zip(lengths, ends_B.tensor_split(count), order_B.tensor_split(count), strict=True):
+        tokens.append(tokens_BL[rows, :length].reshape(-1))
+        places.append(torch.arange(length, device=device).repeat(len(rows)))
+        pooled.append(first + torch.arange(len(rows), device=device) * length + ends)
+        groups.append(Group(len(rows), length, tower.attn_mask[:length, :length]))
+        first += len(rows) * length
+    dtype = tower.transformer.get_cast_dtype()
+    positions_TD = F.embedding(torch.cat(places), tower.positional_embedding)
+    tokens_TD = tower.token_embedding(torch.cat(tokens)).to(dtype) + positions_TD.to(dtype)
+    pooled_BD = run_blocks(tower.transformer, tokens_TD, groups, torch.cat(pooled))[order_B.argsort()]
+    features: Tensor = tower.ln_final(pooled_BD)
     projection = tower.text_projection
     if projection is not None:
         features = projection(features) if isinstance(projection, nn.Linear) else features @ projection
     return features
-
-
-def _last_tokens(tower: Any, tokens_BL: Tensor, ends_B: Tensor) -> Tensor:
-    """Outputs of the transformer at the end tokens."""
-    length = int(ends_B.max()) + 1
-    dtype = tower.transformer.get_cast_dtype()
-    inputs = tower.token_embedding(tokens_BL[:, :length]).to(dtype) + tower.positional_embedding[:length].to(dtype)
-    # For a dozen tokens the fused kernels cost twice the plain products, forward and backward. Activations that are
-    # computed again are so outside of this context, and must come from the same kernel.
-    plain = length <= SHORT and not tower.transformer.grad_checkpointing
-    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-        outputs: Tensor = tower.transformer(inputs, attn_mask=tower.attn_mask[:length, :length])
-    return outputs[torch.arange(len(ends_B), device=ends_B.device), ends_B]
-
-
-class TrimmedText(nn.Module):
-    """A model in training whose text is trimmed where that is exact; has no parameters beyond the model's."""
-
-    def __init__(self, model: Any, trim: bool = True, compiled: bool = False) -> None:
-        """`trim`: unless the towers have to be called whole. `compiled`: both towers go through torch.compile."""
-        super().__init__()
-        self.model = model
-        tower = getattr(model, "text", model)
-        self._image: Any = model.encode_image
-        self._text: Any = (lambda text: encode_trimmed(tower, text)) if trim and can_trim(tower) else model.encode_text
-        if compiled:
-            self._image, self._text = torch.compile(self._image), torch.compile(self._text, dynamic=True)
-
-    @property
-    def logit_scale(self) -> nn.Parameter:
-        """The model's."""
-        scale: nn.Parameter = self.model.logit_scale
-        return scale
-
-    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
-        """BCHW float to BD."""
-        with phase("forward_image"):
-            return maybe_normalise(self._image(image), normalize)
-
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """BL int64 to BD."""
-        with phase("forward_text"):
-            return maybe_normalise(self._text(text), normalize)
-
-
-def maybe_normalise(features: Tensor, normalise_them: bool) -> Tensor:
-    """BD, of length one if asked."""
-    return F.normalize(features, dim=-1) if normalise_them else features
