@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from data_pipelines.errors import BundleError
 
 T = TypeVar("T")
+TABLE = 4096
+"""Rows from which a parameter is taken for a table of tokens, of which a step touches few rows."""
 Way = Literal["gather", "local", "ring"]
 """How a batch-wide loss is shared out. gather: every rank computes all of it. local: its own images against all texts.
 ring: the same, but one rank's texts at a time."""
@@ -284,18 +286,31 @@ def load_full_optimizer_state(
 def average_gradients(parameters: list[nn.Parameter]) -> None:
     """Mean of the gradients over the ranks, in place; one exchange per data type, for each costs a round trip.
 
+    Of a table with a row per token only the rows that some rank's texts touched travel: most are zero everywhere.
     Sharded parameters are left out: FSDP2 has averaged their gradients already.
     """
     if world_size() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p.grad)]
+    rows = {id(g): _touched(g) for g in gradients if g.ndim == 2 and len(g) >= TABLE}
     for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
         same = [gradient for gradient in gradients if gradient.dtype == dtype]
-        flat = torch.cat([gradient.flatten() for gradient in same])
+        sent = [gradient[rows[id(gradient)]] if id(gradient) in rows else gradient for gradient in same]
+        flat = torch.cat([part.flatten() for part in sent])
         dist.all_reduce(flat)
         flat /= world_size()
-        parts = flat.split([gradient.numel() for gradient in same])
-        torch._foreach_copy_(same, [part.view(gradient.shape) for part, gradient in zip(parts, same, strict=True)])
+        means = flat.split([part.numel() for part in sent])
+        torch._foreach_copy_(sent, [mean.view(part.shape) for mean, part in zip(means, sent, strict=True)])
+        for gradient, part in zip(same, sent, strict=True):
+            if part is not gradient:
+                gradient[rows[id(gradient)]] = part
+
+
+def _touched(table: Tensor) -> Tensor:
+    """Numbers of the rows in which any rank's gradient is not zero."""
+    some = (table != 0).any(dim=1).to(torch.uint8)
+    dist.all_reduce(some, dist.ReduceOp.MAX)
+    return some.nonzero()[:, 0]
 
 
 def clip_grad_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:

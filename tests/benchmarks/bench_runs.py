@@ -113,15 +113,15 @@ def peer_per_sample(log: str, batch: int, warm: int = 5) -> float:
     return (lines[-1][0] - lines[warm][0]).total_seconds() / (batch * (len(lines) - 1 - warm))
 
 
-def speed_row(shards: Path, rounds: int, steps: int = 150) -> Row:
+def speed_row(shards: Path, rounds: int, steps: int = 60) -> Row:
     """A small model end to end from shards, the loader included."""
     goal = ">= 2"
     if not PEER_PACKAGES.exists():
         return missing("speed", PEER, goal, "the peer's webdataset is not installed: make bench-train does it")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        recipe = small_recipe(shards, steps, processes=2)
-        model = peer_model(small_recipe(shards, steps), folder)
+        recipe = small_recipe(shards, steps)
+        model = peer_model(recipe, folder)
         firsts: dict[str, float] = {}
 
         def ours() -> float:
@@ -142,7 +142,7 @@ def speed_row(shards: Path, rounds: int, steps: int = 150) -> Row:
     return compare("speed", PEER, taken["ours"], taken["peer"], goal, apart < 0.2, note)
 
 
-def overhead_row(shards: Path, rounds: int, steps: int = 200) -> Row:
+def overhead_row(shards: Path, rounds: int, steps: int = 120) -> Row:
     """The same run with a checkpoint every 50 steps and with none but the last."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -165,7 +165,7 @@ def overhead_row(shards: Path, rounds: int, steps: int = 200) -> Row:
     return compare("checkpoints", peer, taken["every"], taken["none"], "<= 1.03", equal, note)
 
 
-def ranks_row(shards: Path, rounds: int, steps: int = 60) -> Row:
+def ranks_row(shards: Path, rounds: int, steps: int = 40) -> Row:
     """Two gloo ranks of one core each against one rank of one core, equal samples per rank."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
