@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,12 +56,20 @@ def wait_for_steps(process: "subprocess.Popen[str]", folder: Path, steps: int) -
 def test_two_ranks_below_torchrun_train_as_one_process_does(
     micro_recipe: Make, trained: Path, tmp_path: Path, strategy: str
 ) -> None:
-    process = start(micro_recipe(strategy=strategy), tmp_path / "run", *TORCHRUN)
+    """And one process goes on from a checkpoint of the two as they would have."""
+    process = start(micro_recipe(strategy=strategy, keep=3), tmp_path / "run", *TORCHRUN)
     message = process.communicate(timeout=180)[1]
     assert process.returncode == 0, message
     assert losses(tmp_path / "run") == pytest.approx(losses(trained), rel=1e-4)
     assert ledger(tmp_path / "run") == ledger(trained), "one account of all ranks"
     assert (tmp_path / "run" / "bundle" / "bundle.json").is_file()
+    first, *later = sorted((tmp_path / "run" / "checkpoints").glob("step*"))
+    assert "5" in first.name
+    assert len(later) == 2
+    for folder in later:
+        shutil.rmtree(folder)
+    train(micro_recipe(keep=3), tmp_path / "run", resume=True, show=False)
+    assert losses(tmp_path / "run") == pytest.approx(losses(trained), rel=1e-4)
 
 
 def test_a_signal_to_the_first_rank_stops_both_and_resume_goes_on(micro_recipe: Make, tmp_path: Path) -> None:
