@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 
 from vlp.models import ModelConfig, build_model, resolve_config
 from vlp.recipe import dump, validate
