@@ -21,7 +21,7 @@ class Sizes:
     batch: int = 16
     steps: int = 3
     rounds: int = 5
-    seconds: float = 100.0
+    seconds: float = 60.0
     """Training time of both sides on the starter data."""
     seeds: int = 3
 
