@@ -79,7 +79,8 @@ def per_sample(folder: Path, batch: int, warm: int = 5) -> float:
 
 
 def peer_model(recipe: Recipe, folder: Path) -> Path:
-    """The untrained model of a recipe as a folder that open_clip starts from."""
+    """The untrained model of a recipe as a folder that open_clip starts from; an earlier one there is replaced."""
+    shutil.rmtree(folder / "model", ignore_errors=True)
     return save_bundle(current_bundle(prepare(recipe, folder / "start")), folder / "model")
 
 
