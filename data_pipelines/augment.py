@@ -63,12 +63,12 @@ class AugmentConfig(StrictModel):
         """Whether colours change."""
         return any((self.brightness, self.contrast, self.saturation, self.hue, self.grey))
 
-    def check(self, image: ImageConfig) -> None:
+    def check(self, image: ImageConfig, setting: str = "data.augment") -> None:
         """Raise ConfigError for operations that these pictures do not have: colours need RGB of 0..255."""
         if self.colour and (image.channels != 3 or image.values != "uint8"):
             asked = [name for name in ("brightness", "contrast", "saturation", "hue", "grey") if getattr(self, name)]
             raise ConfigError(
-                f"data.augment.{asked[0]}={getattr(self, asked[0])} needs RGB pictures of uint8, but data.image has "
+                f"{setting}.{asked[0]}={getattr(self, asked[0])} needs RGB pictures of uint8, but data.image has "
                 f"channels={image.channels}, values={image.values}: leave out {', '.join(asked)}"
             )
 
