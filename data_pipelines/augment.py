@@ -11,14 +11,19 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import ConfigError
 from data_pipelines.preprocess import ImageConfig
 
-COLUMNS = 16
-"""Uniform numbers per sample."""
+COLUMNS, MORE = 16, 6
+"""Uniform numbers per sample, and those that crops and blurs take besides."""
+RATIO = 4 / 3
+"""Largest width over height of a crop, and its inverse the smallest."""
+BLUR = (0.1 / 224, 2.0 / 224)
+"""Smallest and largest radius of a blur (one standard deviation), as a share of the side."""
 SOLID = 32.0
 """Distance from the ground colour, in grey levels, from which on a pixel belongs wholly to the drawing."""
 
@@ -50,25 +55,29 @@ class AugmentConfig(StrictModel):
     """Probability of a grey picture."""
     erase: float = 0.0
     """Probability of a rectangle of 10 to 33 % of each side painted with the ground colour."""
+    crop: float = Field(0.0, ge=0, le=1)
+    """Smallest share of the area that a random crop keeps, enlarged to full size; 0 = no crop."""
+    blur: float = 0.0
+    """Probability of a Gaussian blur."""
     ground: int = 255
     """Value that fills what an affine transform uncovers, and erased rectangles."""
 
     @property
     def geometric(self) -> bool:
         """Whether pixels move."""
-        return any((self.flip, self.rotate, self.scale, self.shift, self.shear, self.aspect))
+        return any((self.flip, self.rotate, self.scale, self.shift, self.shear, self.aspect, self.crop))
 
     @property
     def colour(self) -> bool:
         """Whether colours change."""
         return any((self.brightness, self.contrast, self.saturation, self.hue, self.grey))
 
-    def check(self, image: ImageConfig) -> None:
+    def check(self, image: ImageConfig, setting: str = "data.augment") -> None:
         """Raise ConfigError for operations that these pictures do not have: colours need RGB of 0..255."""
         if self.colour and (image.channels != 3 or image.values != "uint8"):
             asked = [name for name in ("brightness", "contrast", "saturation", "hue", "grey") if getattr(self, name)]
             raise ConfigError(
-                f"data.augment.{asked[0]}={getattr(self, asked[0])} needs RGB pictures of uint8, but data.image has "
+                f"{setting}.{asked[0]}={getattr(self, asked[0])} needs RGB pictures of uint8, but data.image has "
                 f"channels={image.channels}, values={image.values}: leave out {', '.join(asked)}"
             )
 
@@ -86,24 +95,39 @@ def augment(
     `side`: smaller height and width of the result; taken first, so that small pictures cost little.
     """
     side = side or pixels_BCHW.shape[-1]
-    if not (config.geometric or config.colour or config.erase) and side == pixels_BCHW.shape[-1]:
+    if not (config.geometric or config.colour or config.erase or config.blur) and side == pixels_BCHW.shape[-1]:
         return pixels_BCHW
     draws = torch.from_numpy(generator.random((total, COLUMNS), dtype=np.float32)[list(rows)])
+    more = torch.empty(len(draws), MORE)
+    if config.crop or config.blur:
+        more = torch.from_numpy(generator.random((total, MORE), dtype=np.float32)[list(rows)])
     if side < pixels_BCHW.shape[-1]:
         pixels_BCHW = F.interpolate(pixels_BCHW, (side, side), mode="bilinear", antialias=True)
     # distance from the ground colour: whatever lies outside the picture is then zero
     picture = config.ground - pixels_BCHW.float()
     if config.geometric:
-        picture = _affine(picture, config, draws[:, :7])
+        picture = _affine(picture, config, draws[:, :7], _window(config.crop, more[:, :4]))
     if config.colour:
         picture = _colour(picture, config, draws[:, 7:12])
+    if config.blur:
+        picture = _blurred(picture, config.blur, more[:, 4:])
     if config.erase:
         picture = picture * _kept(draws[:, 12:16], config.erase, picture.shape[-2:])
     result = config.ground - picture
     return result if pixels_BCHW.is_floating_point() else result.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _affine(picture_BCHW: Tensor, config: AugmentConfig, draws: Tensor) -> Tensor:
+def _window(crop: float, draws: Tensor) -> Tensor:
+    """B4: half width, half height and centre of the part that is kept, in the coordinates -1 to 1 of the whole."""
+    if not crop:
+        return torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(len(draws), 4)
+    area = crop + (1 - crop) * draws[:, 0]
+    ratio = RATIO ** (2 * draws[:, 1] - 1)
+    sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=1).clamp(max=1.0)
+    return torch.cat([sides, (2 * draws[:, 2:] - 1) * (1 - sides)], dim=1)
+
+
+def _affine(picture_BCHW: Tensor, config: AugmentConfig, draws: Tensor, window: Tensor) -> Tensor:
     signed = draws * 2 - 1
     angle = signed[:, 1] * math.radians(config.rotate)
     zoom = torch.exp(-signed[:, 2] * config.scale)
@@ -116,11 +140,15 @@ def _affine(picture_BCHW: Tensor, config: AugmentConfig, draws: Tensor) -> Tenso
         torch.stack([cos * across, cos * shear - sin * down, 2 * config.shift * signed[:, 4]], dim=1),
         torch.stack([sin * across, sin * shear + cos * down, 2 * config.shift * signed[:, 5]], dim=1),
     )
+    matrix = torch.stack(rows, dim=1)
+    if config.crop:  # first the window out of the picture, then the rest of the transform
+        moved = matrix[:, :, :2] @ window[:, 2:, None] + matrix[:, :, 2:]
+        matrix = torch.cat([matrix[:, :, :2] * window[:, None, :2], moved], dim=2)
     # F.affine_grid would do, at three times the cost
     height, width = picture_BCHW.shape[-2:]
     y, x = (torch.linspace(1 / n - 1, 1 - 1 / n, n) for n in (height, width))
     places = torch.stack([x.repeat(height), y.repeat_interleave(width), torch.ones(height * width)])
-    grid = (torch.stack(rows, dim=1) @ places).view(-1, 2, height, width).permute(0, 2, 3, 1)
+    grid = (matrix @ places).view(-1, 2, height, width).permute(0, 2, 3, 1)
     return F.grid_sample(picture_BCHW, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
@@ -142,6 +170,22 @@ def _colour(below_BCHW: Tensor, config: AugmentConfig, draws: Tensor) -> Tensor:
     drawing = (mix @ torch.cat([below_BCHW, ceiling], dim=1).flatten(2)).view_as(below_BCHW)
     drawing = drawing.clamp_(min=0).minimum(ceiling)
     return torch.sub(ceiling * (config.ground / 255), drawing, out=drawing)
+
+
+def _blurred(picture_BCHW: Tensor, probability: float, draws: Tensor) -> Tensor:
+    """Each picture smoothed by a Gaussian of its own, or left alone."""
+    chosen = (draws[:, 0] < probability).nonzero()[:, 0]
+    if not len(chosen):
+        return picture_BCHW
+    channels, height, width = picture_BCHW.shape[1:]
+    sigma_B = max(height, width) * (BLUR[0] + (BLUR[1] - BLUR[0]) * draws[chosen, 1])
+    reach = max(1, math.ceil(3 * max(height, width) * BLUR[1]))
+    kernel_BK = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma_B[:, None]) ** 2)
+    kernel_BK = (kernel_BK / kernel_BK.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)
+    flat = F.pad(picture_BCHW[chosen].reshape(1, -1, height, width), (reach,) * 4, mode="replicate")
+    flat = F.conv2d(flat, kernel_BK[:, None, :, None], groups=len(kernel_BK))
+    flat = F.conv2d(flat, kernel_BK[:, None, None, :], groups=len(kernel_BK))
+    return picture_BCHW.index_copy(0, chosen, flat.view(-1, channels, height, width))
 
 
 def _saturation_matrix(factor_B: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from data_pipelines.errors import ConfigError
 
 DRAWS = 3
 """Random numbers in [0, 1) that one choice takes."""
-SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*|\s*\n\s*")
 
 
 class EdaConfig(StrictModel):
@@ -90,8 +90,11 @@ def own_caption(captions: tuple[str, ...], columns: Mapping[str, Any], config: C
 
 
 def one_sentence(text: str, share: float, draws: NDArray[np.float64]) -> str:
-    """One sentence of a text with probability `share`, else all of it. `draws`: two numbers in [0, 1)."""
-    sentences = [part for part in SENTENCE_END.split(text.strip()) if part]
+    """One sentence or line of a text with probability `share`, else all of it. `draws`: two numbers in [0, 1).
+
+    What holds no letter, as the number of a list's item, is no sentence.
+    """
+    sentences = [part for part in SENTENCE_END.split(text.strip()) if any(map(str.isalpha, part))]
     return sentences[int(draws[1] * len(sentences))] if draws[0] < share and sentences else text
 
 

@@ -3,32 +3,30 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import count
-from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from data_pipelines.ahead import ahead
-from data_pipelines.augment import AugmentConfig, augment
+from data_pipelines.augment import augment
 from data_pipelines.batch import Batch
-from data_pipelines.captions import CaptionConfig, pad_ids
-from data_pipelines.config import StrictModel
+from data_pipelines.captions import pad_ids
+from data_pipelines.data_config import FREE
+from data_pipelines.data_config import DataConfig as DataConfig
 from data_pipelines.errors import BadSample, ConfigError, PipelineError
-from data_pipelines.fetch import FetchOptions
 from data_pipelines.files import sha256_file
-from data_pipelines.images import MAX_PIXELS
 from data_pipelines.keep import load_weights
-from data_pipelines.labels import LabelConfig, label_fields
+from data_pipelines.labels import check_sidecar, cluster_fields, label_fields, numbers_of_shard
 from data_pipelines.ledger import Ledger
 from data_pipelines.plan import Plan, rank_slice
-from data_pipelines.preprocess import ImageConfig
-from data_pipelines.remote import SHARD_FETCH, DiskCache
-from data_pipelines.shard_set import ShardSet, Train
+from data_pipelines.remote import DiskCache
+from data_pipelines.sampler import Sampler
+from data_pipelines.shard_set import ShardSet
+from data_pipelines.sidecar import CLUSTERS, load_sidecar
 from data_pipelines.stream import Decoded, decode
 from data_pipelines.texts import draw_texts
 from data_pipelines.tokens import Tokenizer
@@ -41,72 +39,6 @@ FETCHERS = 2
 """Remote shards fetched at a time."""
 KNOWN = 48
 """Captions and labels of a sample that the false-negative mask knows; further ones are left out."""
-
-
-class DataConfig(StrictModel):
-    """Training data of a recipe."""
-
-    train: Train
-    """Folder of shards, tars or URLs, several joined by `::` and with {a..b}; or {such a text: weight}, a mixture."""
-    sources: dict[str, int] | None = None
-    """Source -> how often each of its samples appears in an epoch; others are left out. Default: all once."""
-    keep: Path | None = None
-    """Keep-list: only samples whose keys it names are used (text, one key per line; or parquet, column `key`)."""
-    weights: Path | None = None
-    """Parquet with columns `key` and `weight`, for the batch field `weight`; a key it lacks counts 1."""
-    labels: LabelConfig | None = None
-    """Fills the batch fields `label_ids` and `multi_labels`."""
-    batch_size: int = 256
-    """Global batch, over all ranks."""
-    image: ImageConfig = ImageConfig()
-    augment: AugmentConfig = AugmentConfig()
-    captions: CaptionConfig = CaptionConfig()
-    views: int = Field(1, ge=1)
-    """Augmented views of each picture; those after the first are the batch field `views`."""
-    texts: int = Field(1, ge=1)
-    """Texts drawn for each picture; those after the first are the batch field `extra_tokens`."""
-    window: int = Field(16, ge=1)
-    """Shards whose samples are mixed with each other."""
-    partitions: int = Field(1, ge=1)
-    """Equal runs of the data that every batch draws from; ranks that divide them read only their own shards."""
-    group_by_length: int = Field(0, ge=0)
-    """So many batches are sorted by the bytes of their captions and cut anew, so that texts pad little; 0 = off."""
-    threads: int = Field(2, ge=1)
-    """Decoding threads per rank."""
-    prefetch: int = Field(2, ge=1)
-    """Batches made ahead."""
-    cache_mb: int = 1024
-    """Memory for decoded pictures, per rank; a data set that fits is decoded once."""
-    cached_views: int = 4
-    """With both trunks frozen: views of every picture whose features are computed once, the plain one included."""
-    disk_cache_gb: float = Field(100.0, gt=0)
-    """Disk for remote shards, shared by all processes of the machine."""
-    fetch: FetchOptions = SHARD_FETCH
-    """How shards at web addresses are fetched."""
-    read_ahead: int = Field(64, ge=0)
-    """Steps ahead whose remote shards are fetched."""
-    pipe: tuple[str, ...] = ()
-    """Programs that `pipe:` locations may run, by name."""
-    max_pixels: int = MAX_PIXELS
-    max_bad_share: float = 0.01
-    """The run stops when a larger share of the samples cannot be used."""
-
-    @field_validator("train", mode="before")
-    @classmethod
-    def _text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else value
-
-    @model_validator(mode="after")
-    def _augments_what_there_is(self) -> "DataConfig":
-        self.augment.check(self.image)
-        return self
-
-
-FREE = {
-    "train", "batch_size", "partitions", "threads", "prefetch", "cache_mb", "disk_cache_gb", "fetch", "read_ahead",
-    "pipe", "max_bad_share",
-}  # fmt: skip
-"""Settings that a resumed run may change, or whose content the state holds in another form."""
 
 
 class LoaderState(TypedDict):
@@ -153,6 +85,12 @@ class Loader:
         self.config, self.tokenizer = config, tokenizer
         self.rows = rank_slice(config.batch_size, rank, world)
         self.shards = open_set(config)
+        self._weights = load_weights(config.weights) if config.weights else None
+        self._clusters = load_sidecar(config.clusters, CLUSTERS) if config.clusters else None
+        self._labels = config.labels.table if config.labels else None
+        for table, setting in ((self._clusters, "data.clusters"), (self._labels, "data.labels.sidecar")):
+            if table is not None:
+                check_sidecar(table, self.shards, setting)
         self.plan = Plan(
             self.shards.sizes,
             config.batch_size,
@@ -162,17 +100,34 @@ class Loader:
             self.shards.parts,
             self.shards.text_lengths,
             config.group_by_length,
+            self._sampler(),
         )
         self.ledger = Ledger(config.max_bad_share)
         self.step = 0
         self.side_at: Callable[[int], int] = lambda _: config.image.size
         """Side of the training pictures at a step; a trainer that grows them sets it before the first batch."""
-        self._weights = load_weights(config.weights) if config.weights else None
-        self._columns = frozenset(config.captions.columns) | ({config.labels.column} if config.labels else frozenset())
+        stored = {config.labels.column} if config.labels and not config.labels.sidecar else set()
+        self._columns = frozenset({*config.captions.columns, *stored})
         self._drawn: dict[int, list[tuple[int, BadSample | None]]] = {}
         """Step -> (sample id, why it cannot be used), until the step is settled."""
         self._cache: dict[tuple[int, int], Decoded] = {}
         self._cached_bytes = 0
+
+    @property
+    def classes(self) -> int:
+        """Classes that the label fields number; 0 without labels."""
+        return self.config.labels.classes if self.config.labels else 0
+
+    @property
+    def clusters(self) -> int:
+        """Clusters or entities that `cluster_ids` number; 0 without."""
+        return self._clusters.clusters if self._clusters else 0
+
+    def _sampler(self) -> Sampler | None:
+        choice, labels = self.config.sampler, self.config.labels
+        clusters = self._clusters if choice and choice.by == "clusters" else None
+        numbers = partial(numbers_of_shard, self.shards, labels=labels, clusters=clusters)
+        return Sampler(choice, numbers, 4 * self.config.window) if choice else None
 
     def state_dict(self) -> LoaderState:
         """Position after the batches handed out so far."""
@@ -203,9 +158,11 @@ class Loader:
         settings = config.model_dump(mode="json", exclude=FREE)
         if len(self.shards.parts) > 1:
             settings["mixture"] = [part.weight for part in self.shards.parts]
-        for name, path in (("keep", config.keep), ("weights", config.weights)):
+        for name, path in (("keep", config.keep), ("weights", config.weights), ("clusters", config.clusters)):
             settings[name] = sha256_file(path) if path else None
         if config.labels:
+            sidecar = config.labels.sidecar
+            settings["labels"]["sidecar"] = sha256_file(sidecar) if sidecar else None
             settings["labels"]["names"] = hashlib.sha256(
                 repr(sorted(config.labels.numbers.items())).encode()
             ).hexdigest()
@@ -258,7 +215,7 @@ class Loader:
         views = [
             augment(
                 plain,
-                self.config.augment,
+                self.config.strong if view and self.config.strong else self.config.augment,
                 self.plan.generator(step, PICTURES + FURTHER * view),
                 total=self.config.batch_size,
                 rows=drawn.rows,
@@ -278,10 +235,12 @@ class Loader:
         )
 
     def fields(self, drawn: Drawn) -> dict[str, Any]:
-        """Labels, weights and parts of the mixture, as far as the configuration asks for them."""
+        """Labels, clusters, weights and parts of the mixture, as far as the configuration asks for them."""
         found: dict[str, Any] = {}
         if self.config.labels:
             found |= label_fields(drawn.samples, self.config.labels)
+        if self._clusters is not None:
+            found |= cluster_fields(drawn.samples, self._clusters)
         if self._weights is not None:
             found["weight"] = torch.tensor([self._weights.get(sample.key, 1.0) for sample in drawn.samples])
         if len(self.shards.parts) > 1:
@@ -346,6 +305,8 @@ class Loader:
             sample = decode(self.shards.read(sample_id), self.config.image, self.config.max_pixels, self._columns)
         except BadSample as error:
             return error
+        if self._labels is not None:
+            sample = replace(sample, labels=self._labels.find_texts(sample.key))
         size = sample.pixels.nbytes
         if self._cached_bytes + size <= self.config.cache_mb << 20:
             self._cache[original] = sample

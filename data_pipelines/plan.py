@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.errors import ConfigError
+from data_pipelines.sampler import Sampler
 
 Ids = NDArray[np.int64]
 Key = TypeVar("Key")
@@ -47,13 +48,14 @@ class Plan:
         parts: Sequence[Part] = (),
         lengths: Callable[[int], Ids] | None = None,
         group: int = 0,
+        sampler: Sampler | None = None,
     ) -> None:
         """`sizes`: samples per shard. `batch_size`: rows of a global step, over all ranks.
 
         `window`: shards whose samples are mixed with each other; at most this many are read at a time per partition.
         `parts`: components of a mixture, in the order of the shards; none = one data set.
         `lengths(shard)`: text length of each of its samples; with `group` > 0, so many batches are sorted by length and
-        cut into batches of similar length, whose order is drawn again.
+        cut into batches of similar length, whose order is drawn again. `sampler`: arranges each window by classes.
         """
         self.sizes = np.asarray(sizes, dtype=np.int64)
         self.batch_size, self.seed, self.window, self.partitions = batch_size, seed, window, partitions
@@ -64,7 +66,7 @@ class Plan:
             _Order(self, number, int(end) - part.shards, int(end))
             for number, (part, end) in enumerate(zip(parts, ends, strict=True))
         ]
-        self._lengths, self._group = lengths, group
+        self._lengths, self._group, self._sampler = lengths, group, sampler
         self._check()
         self._pattern = _pattern([part.weight for part in parts]) if len(parts) > 1 else None
 
@@ -87,6 +89,18 @@ class Plan:
                 )
         if self._group and len(self._parts) > 1:
             raise ConfigError("data.group_by_length needs one data set, not a mixture")
+        if self._sampler is not None:
+            self._check_sampler(self._sampler.config.k)
+
+    def _check_sampler(self, k: int) -> None:
+        if len(self._parts) > 1:
+            raise ConfigError("data.sampler needs one data set, not a mixture: join the folders by `::`")
+        if self._group:
+            raise ConfigError(f"data.sampler and data.group_by_length={self._group} exclude each other: leave one out")
+        if self.share % k:
+            raise ConfigError(
+                f"data.sampler.k={k} must divide the {self.share} rows of a step that each partition provides"
+            )
 
     @property
     def samples(self) -> int:
@@ -172,12 +186,16 @@ class Plan:
     def shuffle(self, shards: Ids, rng: np.random.Generator, start: int) -> Ids:
         """Permuted sample ids of a window whose first position is `start`."""
         ids = np.concatenate([np.arange(self._firsts[s], self._firsts[s + 1], dtype=np.int64) for s in shards])
+        starts = [self.partition_start(self.samples, partition) for partition in range(self.partitions)]
+        if self._sampler is not None:
+            first = bisect_right(starts, start) - 1
+            cuts = [at - start for at in starts[first:] if at < start + len(ids)]
+            return ids[self._sampler.arrange(shards.tolist(), cuts, rng)]
         order = rng.permutation(len(ids))
         if self._lengths is None or not self._group:
             return ids[order]
         lengths = np.concatenate([self._lengths(int(shard)) for shard in shards])[order]
-        partition = bisect_right([self.partition_start(self.samples, p) for p in range(self.partitions)], start) - 1
-        lead = (self.partition_start(self.samples, partition) - start) % self.share
+        lead = (starts[bisect_right(starts, start) - 1] - start) % self.share
         grouped = _group_by_length(lengths[lead:], self.share, self._group, rng) + lead
         grouped = np.concatenate([np.arange(min(lead, len(ids))), grouped])
         return ids[order[grouped]]

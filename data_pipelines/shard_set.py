@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,7 +20,7 @@ from data_pipelines.plan import Part
 from data_pipelines.reader import Maps, Sample, Shard, open_shards
 from data_pipelines.records import MANIFEST, ShardInfo, manifest_digest, parse_manifest
 from data_pipelines.remote import PIPE, Absent, DiskCache, allow, download, is_remote
-from data_pipelines.shard_files import index_path
+from data_pipelines.shard_files import COLUMNS, index_path
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,20 @@ class ShardSet:
         """Number of the part of a mixture that a shard belongs to."""
         return bisect_right(self._part_ends, shard)
 
+    def column(self, shard: int, name: str) -> list[Any]:
+        """`key`, `labels`, `cls` or a json column of every selected sample of a shard; None where it is unreadable.
+
+        Raises ShardError for a remote shard: it may be there for the other ranks.
+        """
+        rows = self._rows[shard]
+        try:
+            values = _column(self.shards[shard], name)
+        except ShardError:
+            if self.shards[shard].fetch is not None:
+                raise
+            return [None] * len(rows)
+        return [values[row] for row in rows]
+
     def text_lengths(self, shard: int) -> NDArray[np.int64]:
         """Bytes of the caption of every selected sample of a shard."""
         lengths = self.shards[shard].text_bytes()
@@ -115,28 +130,35 @@ def _select(shard: Shard, sources: Mapping[str, int] | None, keys: frozenset[str
         return range(len(shard))
     times = np.ones(len(shard), dtype=np.int32)
     if sources is not None:
-        times *= np.fromiter((sources.get(source, 0) for source in _column(shard, "source")), np.int32, len(shard))
+        found = [sources.get(source or "", 0) for source in _column(shard, "source")]
+        times *= np.array(found, dtype=np.int32)
     if keys is not None:
         times *= np.fromiter((key in keys for key in _column(shard, "key")), np.int32, len(shard))
     return np.repeat(np.arange(len(shard), dtype=np.int32), times)
 
 
-def _column(shard: Shard, name: str) -> list[str]:
-    """Key or source of every sample: from the parquet beside the shard if it fits, else from the tar."""
+def _column(shard: Shard, name: str) -> list[Any]:
+    """A column of every sample: from the parquet beside the shard if it is one of ours and fits, else from the tar."""
     path = shard.path.with_suffix(".parquet")
-    if path.is_file() and name in pq.read_schema(path).names:
+    if name in COLUMNS and path.is_file() and name in pq.read_schema(path).names:
         table = pq.read_table(path, columns=[name, "status"])
         found = [row[name] for row in table.to_pylist() if row["status"] == "success"]
         if len(found) == len(shard):
-            return [value or "" for value in found]
+            return found
     return [_from_tar(shard, row, name) for row in range(len(shard))]
 
 
-def _from_tar(shard: Shard, row: int, name: str) -> str:
+def _from_tar(shard: Shard, row: int, name: str) -> Any:
+    """None where it cannot be read: such a sample belongs to no source, and a keep-list finds it by its key."""
     try:
-        return shard.key(row) if name == "key" else shard.source(row)
+        if name == "key":
+            return shard.key(row)
+        if name == "source":
+            return shard.source(row)
+        sample = shard.read(row)
     except BadSample:
-        return ""  # belongs to no source; a keep-list finds it by its key all the same
+        return None
+    return {"cls": sample.cls, **sample.columns, "labels": sample.labels}.get(name)
 
 
 @dataclass(frozen=True, slots=True)

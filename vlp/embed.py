@@ -52,11 +52,12 @@ def embed_shards(
     progress: Callable[[int], None] = lambda step: None,
     max_pixels: int = MAX_PIXELS,
     overwrite: bool = False,
+    captions: bool = True,
 ) -> EmbedResult:
     """Embed pictures and captions of all shards in `data` into `out`, leaving out parts that are done.
 
-    A sample's first caption is embedded (the empty text where it has none). Raises PipelineError when `out` holds
-    embeddings of another model or other shards, unless `overwrite` says to replace them.
+    A sample's first caption is embedded (the empty text where it has none); without `captions`, pictures alone. Raises
+    PipelineError when `out` holds embeddings of another model or other shards, unless `overwrite` says to replace them.
     """
     shards = open_shards(data)
     info = EmbedInfo(
@@ -73,14 +74,15 @@ def embed_shards(
     digits = len(str(len(shards)))  # clip-retrieval: floor(log10(parts)) + 1
     ledger = Ledger()
     rows = reused = 0
+    wanted = ("img_emb", "text_emb") if captions else ("img_emb",)
     for number, shard in enumerate(shards):
         name = f"{number:0{digits}d}"
         table = out / "metadata" / f"metadata_{name}.parquet"
-        if table.is_file():
+        if table.is_file() and all((out / stem / f"{stem}_{name}.npy").is_file() for stem in wanted):
             reused += 1
             progress(len(shard))
         else:
-            _embed_part(bundle, shard, out, name, np.dtype(dtype), ledger, progress, max_pixels)
+            _embed_part(bundle, shard, out, name, np.dtype(dtype), ledger, progress, max_pixels, captions)
         rows += pq.read_metadata(table).num_rows
     if not rows:
         raise PipelineError(f"{data}: not one sample could be embedded ({dict(ledger.quarantined)})")
@@ -110,6 +112,7 @@ def _embed_part(
     ledger: Ledger,
     progress: Callable[[int], None],
     max_pixels: int,
+    captions: bool,
 ) -> None:
     image_rows = [np.empty((0, bundle.dim), np.float32)]
     text_rows = [np.empty((0, bundle.dim), np.float32)]
@@ -119,10 +122,11 @@ def _embed_part(
         good = list(_account(decoded, ledger))
         if good:
             image_rows.append(encode_pixels(bundle, torch.stack([pixels for _, pixels in good])).numpy())
-            text_rows.append(encode_texts(bundle, [own_caption(sample) for sample, _ in good]).numpy())
+            if captions:
+                text_rows.append(encode_texts(bundle, [own_caption(sample) for sample, _ in good]).numpy())
             samples.extend(sample for sample, _ in good)
         progress(len(decoded))
-    for stem, rows in (("img_emb", image_rows), ("text_emb", text_rows)):
+    for stem, rows in (("img_emb", image_rows), *([("text_emb", text_rows)] if captions else [])):
         array = np.concatenate(rows).astype(dtype)
         write_atomic(out / stem / f"{stem}_{name}.npy", lambda stream, array=array: np.save(stream, array))  # type: ignore[misc]
     table = metadata_table(samples)

@@ -3,6 +3,7 @@
 import copy
 import os
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def make_tokenizer(recipe: Recipe) -> Tokenizer:
     if choice.kind == "learn":
         samples = stored(open_set(recipe.data), Ledger(recipe.data.max_bad_share))
         texts = (text for _, sample in samples for text in (*sample.captions, *sample.labels))
-        return learn_tokenizer(texts, choice.vocab_size, choice.context_length)
+        table = recipe.data.labels.table if recipe.data.labels else None
+        return learn_tokenizer(chain(texts, table.texts if table else ()), choice.vocab_size, choice.context_length)
     if choice.kind == "weights":
         if recipe.model.weights is None:
             raise ConfigError("tokenizer.kind='weights' needs model.weights, whose tokenizer it takes")
@@ -106,7 +108,7 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
     distributed.wrap(model, recipe.run.strategy)
     module, options = objectives.load(recipe.objective)
     loader = make_loader(recipe.data, tokenizer, recipe.run.seed, rank, world)
-    dims = objectives.Dims(int(model_cfg["embed_dim"]), scale)
+    dims = objectives.Dims(int(model_cfg["embed_dim"]), scale, loader.classes, loader.clusters)
     objective = module.build(options, dims).to(device)
     if hasattr(objective, "attach"):
         objective.attach(model)

@@ -88,3 +88,48 @@ def test_colours_of_the_drawing_change_and_its_ground_stays() -> None:
     ground[5:15, 5:15] = False
     assert (out[:, :, ground] == 255).all()
     assert (out[:, :, ~ground] != batch[:, :, ~ground]).float().mean() > 0.8
+
+
+def test_a_crop_keeps_the_share_of_the_area_that_was_asked_for() -> None:
+    """A picture that is its own ruler: red grows to the right, green downwards, from 0 to 240 in steps of 10."""
+    ruler = torch.arange(25).float() * 10
+    picture = torch.stack([ruler.expand(25, 25), ruler[:, None].expand(25, 25), torch.zeros(25, 25)])
+    batch = picture[None].expand(400, -1, -1, -1).contiguous()
+    out = run(batch, AugmentConfig(crop=0.25, ground=0))
+    wide, high = (out[:, 0, 12, -2] - out[:, 0, 12, 1]) / 220, (out[:, 1, -2, 12] - out[:, 1, 1, 12]) / 220
+    area, ratio = wide * high, wide / high
+    assert 0.24 < float(area.min()) < 0.28
+    assert 0.9 < float(area.max()) < 1.02
+    assert float(area.mean()) == pytest.approx(0.61, abs=0.03), "uniform from 0.25 to 1, but for those too long to fit"
+    assert 0.74 < float(ratio.min()) < 0.78
+    assert 1.28 < float(ratio.max()) < 1.35
+    assert float(out[:, :2, 1:-1, 1:-1].min()) >= 0, "a crop lies inside the picture"
+    middle = out[:, 0, 12, 12]
+    assert float(middle.min()) < 80 < 160 < float(middle.max()), "anywhere"
+
+
+def test_a_blur_smooths_as_many_pictures_as_asked_and_keeps_their_mean() -> None:
+    batch = pixels(100, 224).float()
+    batch[:, :, ::2] = 0
+    out = run(batch, AugmentConfig(blur=0.4))
+    rough = [(x[:, 1:] - x[:, :-1]).abs().mean(dim=(1, 2, 3)) for x in (batch.transpose(1, 2), out.transpose(1, 2))]
+    changed = torch.tensor([not torch.equal(a, b) for a, b in zip(batch, out, strict=True)])
+    assert float(changed.float().mean()) == pytest.approx(0.4, abs=0.12)
+    assert (rough[1][changed] <= rough[0][changed] + 1e-3).all()
+    assert float((rough[1] / rough[0])[changed].min()) < 0.9
+    means = [x[changed].mean(dim=(2, 3)) for x in (batch, out)]
+    torch.testing.assert_close(means[0], means[1], atol=1.0, rtol=0)
+
+
+def test_crop_and_blur_leave_the_other_draws_alone() -> None:
+    batch = pixels()
+    plain = AugmentConfig(rotate=20, hue=0.1, erase=0.5)
+    blurred, again = (run(batch, plain.model_copy(update={"blur": share})) for share in (1e-9, 0.0))
+    assert torch.equal(blurred, again)
+
+
+def test_crop_and_blur_are_the_same_for_any_number_of_ranks() -> None:
+    batch, strong = pixels(8), STRONG.model_copy(update={"crop": 0.3, "blur": 0.5})
+    halves = [run(batch[rows.start : rows.stop], strong, rows, 8) for rows in (range(4), range(4, 8))]
+    difference = (torch.cat(halves).int() - run(batch, strong).int()).abs().max()
+    assert int(difference) == 0

@@ -18,11 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 
 from data_pipelines.files import write_atomic
 from data_pipelines.loader import DataConfig, Loader
+from data_pipelines.sidecar import CLUSTERS, write_sidecar
 from data_pipelines.testing import draw
 from data_pipelines.tokens import learn_tokenizer
 
@@ -65,6 +67,30 @@ def make_one_folder(folder: Path) -> dict[str, Any]:
     return settings
 
 
+def make_sampled(folder: Path, name: str = "label_paired") -> dict[str, Any]:
+    """One folder, whose labels and clusters come from sidecars and decide who shares a batch."""
+    settings = make_one_folder(folder)
+    keys = [f"a{number:04}" for number in range(SAMPLES)]
+    labels = [["even", "small"] if number % 2 == 0 else ["odd"] for number in range(SAMPLES)]
+    write_sidecar(folder / "labels.parquet", [pa.table({"key": keys, "labels": labels})], {})
+    clusters = [[number % 9, number % 5] for number in range(SAMPLES)]
+    write_sidecar(folder / "clusters.parquet", [pa.table({"key": keys, CLUSTERS: clusters})], {})
+    settings |= {
+        "labels": {"sidecar": str(folder / "labels.parquet"), "multi": True},
+        "clusters": str(folder / "clusters.parquet"),
+        "captions": {**settings["captions"], "labels": 0.3},
+        "strong": {"flip": 0.5, "grey": 0.5},
+        "sampler": {"name": name, "by": "labels" if name == "label_paired" else "clusters"},
+    }
+    (folder / "settings.json").write_text(json.dumps(settings))
+    return settings
+
+
+def make_balanced(folder: Path) -> dict[str, Any]:
+    """The same with all clusters equally often."""
+    return make_sampled(folder, "class_balanced")
+
+
 def open_loader(folder: Path, rank: int = 0, world: int = 1, **changes: Any) -> Loader:
     settings = json.loads((folder / "settings.json").read_text())
     tokenizer = learn_tokenizer(["the picture of small colours frame"], vocab_size=300, context_length=24)
@@ -75,6 +101,7 @@ def digests(loader: Loader, steps: int) -> Iterator[list[str]]:
     """One digest per sample of every batch: key, pixels of all views, tokens of all texts, phrases, part."""
     for batch in itertools.islice(loader, steps):
         tensors = [batch.pixels, batch.tokens, batch.phrase_ids, batch.text_phrase_ids, batch.source_ids]
+        tensors += [batch.label_ids, batch.multi_labels, batch.cluster_ids]
         tensors += [*(batch.views or ()), *(batch.extra_tokens or ())]
         found = [tensor for tensor in tensors if tensor is not None]
         yield [
@@ -180,16 +207,16 @@ def check_combinations(folder: Path, names: list[str], steps: int) -> None:
         assert joined == reference[first:], name
 
 
-@pytest.mark.parametrize("make", [make_data, make_one_folder])
+@pytest.mark.parametrize("make", [make_data, make_one_folder, make_sampled, make_balanced])
 def test_other_ranks_and_threads_go_on_with_the_same_batches(tmp_path: Path, make: Any) -> None:
     """A fifth of the combinations in each case; every rank count, thread count and stop occurs."""
     make(tmp_path)
-    chosen = COMBINATIONS[2 * (make is make_data) :: 5]
+    chosen = COMBINATIONS[{make_data: 2, make_sampled: 1, make_balanced: 3}.get(make, 0) :: 5]
     check_combinations(tmp_path, [json.dumps(item) for item in chosen], 15)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [make_data, make_one_folder])
+@pytest.mark.parametrize("make", [make_data, make_one_folder, make_sampled, make_balanced])
 def test_all_24_combinations_over_300_steps(tmp_path: Path, make: Any) -> None:
     make(tmp_path)
     check_combinations(tmp_path, [json.dumps(item) for item in COMBINATIONS], 300)

@@ -55,6 +55,14 @@ def test_one_sentence_stands_for_the_whole_as_often_as_asked() -> None:
     assert set(found) == {text, "A cat sits.", "It is 3.5 kg!", "Does it sleep?"}
     assert found[text] / 2000 == pytest.approx(0.4, abs=0.03)
     assert one_sentence("", 1.0, draws[0]) == ""
+    report = "1. The heart is large.\n2. No fracture\n\nImpression: old"
+    assert {one_sentence(report, 1.0, row) for row in draws} == {
+        "The heart is large.",
+        "No fracture",
+        "Impression: old",
+    }
+    assert {one_sentence("一只猫。两只狗！", 1.0, row) for row in draws} == {"一只猫。", "两只狗！"}
+    assert one_sentence("42.", 1.0, draws[0]) == "42."
 
 
 @pytest.mark.parametrize(("kind", "more"), [("swap", 0), ("insert", 1), ("delete", -1)])

@@ -14,6 +14,7 @@ from vlp.recipe import dump
 LEAVES = [
     ["data", "fetch"], ["shard"], ["train"], ["recipes"], ["recipes", "show"], ["recipes", "cp"], ["objectives"],
     ["eval"], ["export"], ["runs", "ls"], ["runs", "compare"], ["profile"], ["embed"],
+    ["curate", "cluster"], ["curate", "entity"],
     ["index", "build"], ["serve"], ["demo"], ["doctor"],
 ]  # fmt: skip
 
