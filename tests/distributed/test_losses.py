@@ -38,7 +38,8 @@ def gradients(options: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
     output.loss.backward()
     named = {n: p for part in (model, objective) for n, p in part.named_parameters() if p.grad is not None}
     distributed.average_gradients(list(named.values()))
-    return float(output.loss.detach()), {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
+    grads = {name: distributed.whole(p.grad).clone() for name, p in named.items() if p.grad is not None}
+    return float(output.loss.detach()), grads
 
 
 def all_gradients(rank: int) -> list[tuple[float, dict[str, list[float]]]]:
