@@ -121,18 +121,20 @@ class _Shard:
     negative_N: Tensor
     first: int
 
-    def positives(self, ids_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(sample, place among its classes, class of this rank) of every positive that is here, three of P."""
-        here_BS = (ids_BS >= self.first) & (ids_BS < self.first + len(self.weight_CD))
-        row_P, place_P = here_BS.nonzero(as_tuple=True)
-        return row_P, place_P, ids_BS[row_P, place_P] - self.first
+    def positives(self, ids_BS: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """For every place S: (place, samples P whose class of that place is here, these classes P)."""
+        for place, ids_B in enumerate(ids_BS.unbind(1)):
+            here_B = (ids_B >= self.first) & (ids_B < self.first + len(self.weight_CD))
+            row_P = here_B.nonzero()[:, 0]
+            yield place, row_P, ids_B[row_P] - self.first
 
     def tiles(self, feature_BD: Tensor, ids_BS: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, tuple[Tensor, ...]]]:
         """(samples, drawn classes M, their RM cosines, the pairs of which the class is the sample's own)."""
         step = TILE.get(feature_BD.device.type, TILE["cuda"])
         for start in range(0, len(feature_BD), step):
             rows = slice(start, start + step)
-            row_P, _, class_P = self.positives(ids_BS[rows])
+            _, rows_P, classes_P = zip(*self.positives(ids_BS[rows]), strict=True)
+            row_P, class_P = torch.cat(rows_P), torch.cat(classes_P)
             for classes_M in self.negative_N.split(step) if len(self.negative_N) else ():
                 place_P = torch.searchsorted(classes_M, class_P).clamp_(max=len(classes_M) - 1)
                 own_P = classes_M[place_P] == class_P
@@ -152,8 +154,8 @@ class _Cosines(torch.autograd.Function):
 
         def meet(own: bool, feature_BD: Tensor, ids_BS: Tensor) -> Tensor:
             found = feature_BD.new_zeros(places + 3, len(feature_BD))
-            row_P, place_P, class_P = shard.positives(ids_BS)
-            found[place_P, row_P] = (feature_BD[row_P] * shard.weight_CD[class_P]).sum(dim=1)
+            for place, row_P, class_P in shard.positives(ids_BS):
+                found[place, row_P] = (feature_BD[row_P] * shard.weight_CD[class_P]).sum(dim=1)
             found[places] = -math.inf
             for rows, classes_M, cosine_RM, mine in shard.tiles(feature_BD, ids_BS):
                 cosine_RM[mine] = 0.0
@@ -188,10 +190,10 @@ class _Cosines(torch.autograd.Function):
             own: bool, feature_BD: Tensor, ids_BS: Tensor, grad_BS: Tensor, grad_B: Tensor, negative_B: Tensor
         ) -> Tensor:
             pull_BD = torch.zeros_like(feature_BD)
-            row_P, place_P, class_P = shard.positives(ids_BS)
-            grad_P1 = grad_BS[row_P, place_P][:, None]
-            pull_BD.index_add_(0, row_P, grad_P1 * weight_CD[class_P])
-            pull_CD.index_add_(0, class_P, grad_P1 * feature_BD[row_P])
+            for place, row_P, class_P in shard.positives(ids_BS):
+                grad_P1 = grad_BS[row_P, place, None]
+                pull_BD.index_add_(0, row_P, grad_P1 * weight_CD[class_P])
+                pull_CD.index_add_(0, class_P, grad_P1 * feature_BD[row_P])
             log_B = negative_B.clamp(min=torch.finfo(negative_B.dtype).min)  # no infinity less infinity
             for rows, classes_M, cosine_RM, mine in shard.tiles(feature_BD, ids_BS):
                 cosine_RM.mul_(job.scale)[mine] = -math.inf
