@@ -230,6 +230,26 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, place.device_mesh, place.placements, src_data_rank=None)  # each rank cuts its own
 
 
+def shard_rows(tensor: Tensor) -> Tensor:
+    """A tensor that all ranks hold alike, cut by its rows: a DTensor of which each rank keeps `row_range`.
+
+    Such parameters are averaged, clipped, saved and read back like those of a sharded model.
+    """
+    if world_size() == 1:
+        return tensor
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh(tensor.device.type, (world_size(),))
+    return distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
+
+
+def row_range(rows: int) -> range:
+    """Which rows of a tensor `shard_rows` leaves to this rank; the last ranks may hold fewer, or none."""
+    each = -(-rows // world_size())
+    return range(min(rank() * each, rows), min((rank() + 1) * each, rows))
+
+
 def full_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors, of a state_dict or an average of one; all ranks must ask."""
     return {name: whole(tensor.detach()) for name, tensor in tensors.items()}

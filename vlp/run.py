@@ -222,7 +222,7 @@ def roll_back(run: Run) -> int | None:
 def _load_weights(run: Run, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
     distributed.load_full_state(run.model.state_dict(), tensors["model"])
     distributed.load_full_optimizer_state(run.optimizer, _named(run), tensors["optimizer"], state["optimizer"])
-    run.objective.load_state_dict(tensors.get("objective", {}))
+    distributed.load_full_state(run.objective.state_dict(), tensors.get("objective", {}))
     if run.ema is not None:
         run.ema.updates = int(state["ema_updates"])
         distributed.load_full_state(run.ema.shadow, tensors["ema"])

@@ -18,12 +18,19 @@ from vlp.testing import FULL_CLASSES, FULL_CLUSTERS, MICRO, attached, full_batch
 COUNT = 8
 DIMS = Dims(16, 2.0, FULL_CLASSES, FULL_CLUSTERS)
 WAYS = ("gather", "local", "ring")
+LABELLED: list[dict[str, Any]] = [
+    {"name": "supcon", "positives": "jaccard", "clip": {"mask": "labels", "exchange": "ring"}},
+    {"name": "soft_multilabel", "form": "soft_ce", "clip": {"exchange": "gather"}},
+    {"name": "soft_multilabel", "pairs": "image_text", "bias": "learned", "clip": {"exchange": "ring"}},
+    {"name": "mlcd", "loss": "mlc", "clip": {"mask": "captions", "exchange": "ring"}},
+    {"name": "entity", "samples": 1, "entity_mask": False},
+]
 CASES: list[dict[str, Any]] = [
     {"name": "clip", "exchange": way, **options}
     for way in WAYS
     for options in ({}, {"mask": "labels", "smoothing": 0.2, "image_weight": 0.75})
 ] + [{"name": "siglip", "exchange": way, "mask": mask} for way in WAYS for mask in ("none", "labels")]
-CASES += [{"name": name} for name in base.names()]
+CASES += LABELLED + [{"name": name} for name in base.names()]
 
 
 def gradients(options: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -38,7 +45,8 @@ def gradients(options: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
     output.loss.backward()
     named = {n: p for part in (model, objective) for n, p in part.named_parameters() if p.grad is not None}
     distributed.average_gradients(list(named.values()))
-    return float(output.loss.detach()), {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
+    grads = {name: distributed.whole(p.grad).clone() for name, p in named.items() if p.grad is not None}
+    return float(output.loss.detach()), grads
 
 
 def all_gradients(rank: int) -> list[tuple[float, dict[str, list[float]]]]:

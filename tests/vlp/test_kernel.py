@@ -187,3 +187,39 @@ def test_soft_targets_by_hand() -> None:
     forward, backward = two_way(torch.eye(2), torch.eye(2), torch.tensor(2.0), (), job)
     assert forward.item() == pytest.approx(0.793595, abs=1e-5)
     assert backward.item() == pytest.approx(0.793595, abs=1e-5)
+
+
+def test_an_excluded_own_pair_without_a_target_is_out_by_hand() -> None:
+    """Two pairs on the axes, scale 2, bias 0; of the first sample nothing is known: its row and column are left out.
+
+    The second's own pair, target 1, costs log(1 + e^2) - 2 = 0.126928; divided by 2 samples. In InfoNCE it is alone in
+    its denominator and costs 0. Without targets own pairs stay in, whatever the judge says.
+    """
+    unknown = torch.tensor([[True, True], [True, False]])
+    known = Job(judge=lambda rows, columns: Pairs(unknown, target_RC=torch.diag(torch.tensor([0.0, 1.0]))))
+    plain = Job(judge=lambda rows, columns: Pairs(unknown))
+    eye, scale = torch.eye(2).requires_grad_(), torch.tensor(2.0)
+    loss = pairwise_sigmoid(eye, torch.eye(2), scale, torch.tensor(0.0), (), known)
+    (grad,) = torch.autograd.grad(loss, eye)
+    assert loss.item() == pytest.approx(0.126928 / 2, abs=1e-6)
+    assert not grad[0].any()
+    assert two_way(torch.eye(2), torch.eye(2), scale, (), known)[0].item() == 0.0
+    expected = pairwise_sigmoid(torch.eye(2), torch.eye(2), scale, torch.tensor(0.0), (), plain).item()
+    assert expected == pytest.approx(0.126928, abs=1e-6)
+
+
+@pytest.mark.parametrize("way", ["two_way", "sigmoid"])
+def test_texts_without_a_gradient_change_nothing_for_the_pictures(way: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, text = (F.normalize(torch.randn(5, 3, generator=generator), dim=1) for _ in range(2))
+    found = []
+    for wanted in (True, False):
+        leaves = image.clone().requires_grad_(), text.clone().requires_grad_(wanted)
+        if way == "two_way":
+            loss = two_way(*leaves, torch.tensor(3.0))[0]
+        else:
+            loss = pairwise_sigmoid(*leaves, torch.tensor(3.0), torch.tensor(-1.0))
+        loss.backward()
+        found.append(leaves)
+    assert torch.equal(found[0][0].grad, found[1][0].grad)  # type: ignore[arg-type]
+    assert found[1][1].grad is None

@@ -35,7 +35,7 @@ class Pairs:
     """What is known of R x C pairs, beyond which text came with which picture."""
 
     excluded_RC: Tensor | None = None
-    """bool: in no denominator. Own pairs stay in, whatever it says."""
+    """bool: in no denominator. Own pairs stay in, whatever it says, unless their target is 0."""
     log_weight_RC: Tensor | None = None
     """Finite logarithm of the weight in the denominators; weight 0 is `excluded_RC`. InfoNCE only."""
     target_RC: Tensor | None = None
@@ -86,7 +86,10 @@ class Tile:
         if own and decoupled and excluded_RC is None:
             excluded_RC = torch.zeros_like(scores_RC, dtype=torch.bool)
         if own and excluded_RC is not None:
-            excluded_RC = excluded_RC.clone().fill_diagonal_(decoupled)
+            excluded_RC = excluded_RC.clone()
+            own_R = excluded_RC.diagonal()
+            own_R &= False if self.target_RC is None else self.target_RC.diagonal() == 0
+            own_R |= decoupled
         self.excluded_RC = excluded_RC
 
     def positives(self, over: int) -> tuple[Tensor | float, Tensor | float]:
@@ -198,13 +201,13 @@ class _TwoWay(torch.autograd.Function):
             for settled_4B, grad in ((row_4B, row_grad), (column_4B, column_grad))
         )
         rows, image_low_BD = (job.cast(image_BD * scale), *labels), job.cast(image_BD)
-        pull_image_BD = torch.zeros_like(image_BD)
+        pull_image_BD, wanted = torch.zeros_like(image_BD), ctx.needs_input_grad[1]
 
         def meet(own: bool, text_BD: Tensor, column_4B: Tensor, *labels: Tensor) -> Tensor:
             pull_text_BD = torch.zeros_like(image_BD)
             for tile in job.tiles(rows, (text_BD, *labels), own):
                 slope_RC = _slope(tile, row_4B[:, tile.row], column_4B[:, tile.column], job.smoothing)
-                _pull(tile, job.cast(slope_RC), text_BD, image_low_BD, pull_image_BD, pull_text_BD)
+                _pull(tile, job.cast(slope_RC), text_BD, image_low_BD, pull_image_BD, pull_text_BD if wanted else None)
             return pull_text_BD
 
         pull_text_BD = distributed.visit(job.way, (job.cast(text_BD), column_4B, *labels), meet, _sum)
@@ -222,6 +225,7 @@ class _Sigmoid(torch.autograd.Function):
         rows, image_low_BD = (job.cast(image_BD * scale), *labels), job.cast(image_BD)
         pull_image_BD, half = torch.zeros_like(image_BD), torch.full((1,), 0.5, device=bias.device)
         total, pull_bias = torch.zeros_like(bias), torch.zeros_like(bias)
+        wanted = ctx.needs_input_grad[1]
 
         def meet(own: bool, text_BD: Tensor, *labels: Tensor) -> Tensor:
             pull_text_BD = torch.zeros_like(image_BD)
@@ -234,7 +238,7 @@ class _Sigmoid(torch.autograd.Function):
                 total.add_(loss_RC.sum() - torch.as_tensor(tile.positives(1)[0]).sum())
                 slope_RC = tile.minus(slope_RC, half, half)
                 pull_bias.add_(slope_RC.sum())
-                _pull(tile, job.cast(slope_RC), text_BD, image_low_BD, pull_image_BD, pull_text_BD)
+                _pull(tile, job.cast(slope_RC), text_BD, image_low_BD, pull_image_BD, pull_text_BD if wanted else None)
             return pull_text_BD
 
         pull_text_BD = distributed.visit(job.way, (job.cast(text_BD), *labels), meet, _sum)
@@ -253,11 +257,12 @@ class _Sigmoid(torch.autograd.Function):
 
 
 def _pull(
-    tile: Tile, slope_RC: Tensor, text_BD: Tensor, image_BD: Tensor, pull_image_BD: Tensor, pull_text_BD: Tensor
+    tile: Tile, slope_RC: Tensor, text_BD: Tensor, image_BD: Tensor, pull_image_BD: Tensor, pull_text_BD: Tensor | None
 ) -> None:
-    """Add what the slope of a tile does to both sides' features."""
+    """Add what the slope of a tile does to both sides' features; None for texts without a gradient, a copy's keys."""
     pull_image_BD[tile.row] += slope_RC @ text_BD[tile.column]
-    pull_text_BD[tile.column] += slope_RC.T @ image_BD[tile.row]
+    if pull_text_BD is not None:
+        pull_text_BD[tile.column] += slope_RC.T @ image_BD[tile.row]
 
 
 def _no_sums(image_BD: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from data_pipelines.batch import Batch
 from data_pipelines.config import StrictModel
 from vlp.objectives._kernel import Precision
+from vlp.objectives._labels import NOTHING, Known, either
 from vlp.objectives.base import (
     Coupling,
     Dims,
@@ -50,16 +51,22 @@ class Config(StrictModel):
     """Of the scores of batches that are computed in tiles; bf16 is faster and exact to about 0.001."""
 
 
-def clip_loss(features: Features, logit_scale: Tensor, config: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, image-to-text part, text-to-image part), scalars, over the batch of all ranks."""
+def clip_loss(
+    features: Features, logit_scale: Tensor, config: Config, alike: Known = NOTHING
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, image-to-text part, text-to-image part), scalars, over the batch of all ranks.
+
+    `alike`: labels of the samples, and which pairs are no negatives by them, beside those of `config.mask`.
+    """
     if config.fixed_temperature is not None:
         logit_scale = logit_scale.new_tensor(1.0 / config.fixed_temperature)
     labels = phrase_labels(features)
+    labels, judge = either((labels, false_negatives if labels else None), alike)
     forward, backward = contrast(
         features,
         logit_scale,
         labels,
-        false_negatives if labels else None,
+        judge,
         smoothing=config.smoothing,
         exchange=config.exchange,
         precision=config.precision,
