@@ -238,8 +238,7 @@ def check_start(weights: Path | str, tokenizer: Tokenizer, image: ImageConfig) -
     folder = find_bundle(Path(weights)).absolute()
     model_cfg, info = model_cfg_of(folder), _read_info(folder)
     known = _load_tokenizer(folder, model_cfg, info)
-    same_length = {"context_length": tokenizer.config.context_length}
-    if known.vocabulary != tokenizer.vocabulary or known.config.model_copy(update=same_length) != tokenizer.config:
+    if not same_words(known, tokenizer):
         raise ConfigError(
             f"model.weights={str(weights)!r} was trained with another tokenizer than the recipe's, so that token ids "
             "would mean other words: set tokenizer.kind=weights, which takes the one of the weights"
@@ -251,6 +250,12 @@ def check_start(weights: Path | str, tokenizer: Tokenizer, image: ImageConfig) -
                 "%s was trained with data.image.%s=%s, this run has %s",
                 weights, name, getattr(theirs, name), getattr(image, name),
             )  # fmt: skip
+
+
+def same_words(known: Tokenizer, other: Tokenizer) -> bool:
+    """Whether the same token ids mean the same words to both, whatever length they cut texts to."""
+    same_length = {"context_length": other.config.context_length}
+    return known.vocabulary == other.vocabulary and known.config.model_copy(update=same_length) == other.config
 
 
 def _load_tokenizer(folder: Path, model_cfg: ModelDict, info: BundleInfo | None) -> Tokenizer:
