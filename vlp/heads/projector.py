@@ -70,10 +70,10 @@ class Tower:
     def _projection(self) -> Tensor | nn.Module | None:
         return getattr(self._holder, self._name) if self._holder is not None else None
 
-    def features(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        """BF: what `encode`, which runs this tower, gives without the projection."""
+    def features(self, encode: Callable[..., Tensor], inputs: Tensor) -> Tensor:
+        """BF: what `encode`, an encoder's method that runs this tower, gives without the projection."""
         with self._set_aside():
-            return encode(inputs)
+            return encode(inputs, normalize=False)
 
     def project(self, features_BF: Tensor) -> Tensor:
         """BD, not normalised."""
@@ -89,7 +89,8 @@ class Tower:
         if self._holder is None or projection is None:
             yield
             return
-        setattr(self._holder, self._name, None if isinstance(projection, Tensor) else nn.Identity())
+        bare = isinstance(projection, Tensor) or self._name == "text_projection"  # open_clip then asks for None
+        setattr(self._holder, self._name, None if bare else nn.Identity())
         try:
             yield
         finally:

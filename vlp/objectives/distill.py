@@ -23,6 +23,7 @@ from data_pipelines.errors import ConfigError
 from data_pipelines.preprocess import ImageConfig
 from vlp import distributed
 from vlp.bundle import load_bundle, same_words
+from vlp.models.lean import LeanModel
 from vlp.objectives._kernel import Judge, Pairs, Side
 from vlp.objectives.base import Coupling, Dims, Encoder, Features, LossOutput, contrast, encode_pairs
 from vlp.objectives.clip import Config as ClipConfig
@@ -83,7 +84,7 @@ class Distill(nn.Module):
     def __init__(self, config: Config, dims: Dims) -> None:
         super().__init__()
         self.config, self.dims = config, dims
-        self._teacher: tuple[Any, ...] = ()
+        self._teacher: tuple[LeanModel, ...] = ()
         self._image: ImageConfig | None = None
         """How the teacher wants its pictures, where that is not how the student gets them."""
 
@@ -98,7 +99,7 @@ class Distill(nn.Module):
         else:
             teacher = self._load(self.config.teacher)
         device = next(model.parameters()).device
-        self._teacher = (teacher.to(device).eval().requires_grad_(False),)
+        self._teacher = (LeanModel(teacher.to(device).eval().requires_grad_(False)),)
 
     def _load(self, source: str) -> nn.Module:
         bundle, where = load_bundle(Path(source)), f"objective.teacher={source!r}"

@@ -28,6 +28,7 @@ from data_pipelines.config import StrictModel
 from data_pipelines.errors import ConfigError
 from vlp.distributed import gather
 from vlp.heads.projector import BatchNorm, Tower, follow, mlp
+from vlp.models.lean import LeanModel
 from vlp.objectives._kernel import Job, Side
 from vlp.objectives.base import (
     Coupling,
@@ -197,6 +198,8 @@ class StrongBaseline(nn.Module):
         self.copy, self.copied = nn.ModuleDict(), nn.ModuleDict()
         self._towers: dict[str, Tower] = {}
         self._copied_towers: dict[str, Tower] = {}
+        self._copied_encoder: tuple[LeanModel, ...] = ()
+        """In a tuple, so that the copy's weights are saved once."""
 
     def attach(self, model: nn.Module) -> None:
         """Make the projectors, which need the widths of the towers, and the momentum copy."""
@@ -217,6 +220,7 @@ class StrongBaseline(nn.Module):
             self.copy["model"] = copy.deepcopy(model).train().requires_grad_(False)
             self.copied.update({side: copy.deepcopy(self.projectors[side]).requires_grad_(False) for side in SIDES})
             self._copied_towers = {side: Tower(self.copy["model"], side) for side in SIDES}
+            self._copied_encoder = (LeanModel(self.copy["model"]),)
 
     def _make_ssl(self, widths: dict[str, int]) -> None:
         ssl, hidden, dim = self.config.ssl, self.config.term.hidden, self.config.term.dim
@@ -252,8 +256,8 @@ class StrongBaseline(nn.Module):
         found = _encode(self._towers, model, (pixels_BCHW, *pictures), (batch.text_input, *texts))
         if config.ssl == "byolip":
             with torch.no_grad():
-                inputs = (pixels_BCHW, *pictures), (batch.text_input, *texts)
-                targets = _encode(self._copied_towers, self.copy["model"], *inputs)  # type: ignore[arg-type]
+                (copied,) = self._copied_encoder
+                targets = _encode(self._copied_towers, copied, (pixels_BCHW, *pictures), (batch.text_input, *texts))
             found |= {f"copied {name}": value for name, value in targets.items()}
         image_BD, text_BD = image.project(found["image"]), text.project(found["text"])
         if config.ssl not in ("siamlip", "byolip", "barlip"):
@@ -311,7 +315,7 @@ class StrongBaseline(nn.Module):
 
 
 def _encode(
-    towers: dict[str, Tower], model: Encoder, pictures: Sequence[Tensor], texts: Sequence[Tensor]
+    towers: dict[str, Tower], model: Encoder | LeanModel, pictures: Sequence[Tensor], texts: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """BF of every picture and text, the first of each under the name of its side alone.
 
