@@ -53,8 +53,12 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 7, 33])
 @pytest.mark.parametrize("teacher_scale", [1.0, 14.0, 100.0])
-def test_equals_open_clips_loss_with_gradients(count: int, teacher_scale: float) -> None:
-    """A teacher of another width; at both ends of its scale."""
+@pytest.mark.parametrize("whole", [distill.WHOLE, 0])
+def test_equals_open_clips_loss_with_gradients(
+    count: int, teacher_scale: float, whole: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher of another width; at both ends of its scale; in one piece and in tiles."""
+    monkeypatch.setattr(distill, "WHOLE", whole)
     sides, teacher = random_features(count, 5, 0), random_features(count, 9, 1)
     found = []
     for ours in (True, False):
@@ -68,6 +72,17 @@ def test_equals_open_clips_loss_with_gradients(count: int, teacher_scale: float)
         found.append([loss.detach(), *torch.autograd.grad(loss, (image, text, scale))])
     for own, expected in zip(*found, strict=True):
         torch.testing.assert_close(own, expected, rtol=2e-4, atol=2e-6)
+
+
+def test_a_mask_is_for_the_captions_alone() -> None:
+    """Equal captions are no negatives of each other, which the teacher knows by itself: its term stays."""
+    sides, teacher = random_features(5, 5, 0), random_features(5, 9, 1)
+    extra = {"teacher_image": teacher[0], "teacher_text": teacher[1]}
+    ids, scale = torch.zeros(5, 1, dtype=torch.int64), torch.tensor(8.0)
+    plain = make()(Features(*sides, extra=extra), scale)
+    masked = make(clip={"mask": "captions"})(Features(*sides, ids, extra=extra), scale)
+    assert masked.parts["image_to_text"].item() == pytest.approx(0.0, abs=1e-6)
+    torch.testing.assert_close(masked.parts["distill"], plain.parts["distill"])
 
 
 def test_start_is_the_model_before_the_first_step() -> None:

@@ -1,9 +1,9 @@
 """CoCa: contrast, and the caption word by word from the picture (Yu et al. 2022, arXiv 2205.01917, equation 4).
 
 For open_clip's CoCa models and equal to its CoCaLoss, except that the caption loss is a mean over the words of all
-ranks' captions. The text tower must be causal, else it sees the words it is to predict. What is trained serves, and
-captions by open_clip's `generate`, like any CoCa of open_clip. Suffixes: B samples, L tokens, T tokens of the longest
-text without its first, D width of the shared embedding, N picture tokens, V vocabulary.
+ranks' captions. The text tower must be causal, else it sees the words it is to predict. What is trained is served and
+exported like any CoCa of open_clip, whose `generate` needs transformers 4. Suffixes: B samples, L tokens, T tokens of
+the longest text without its first, D width of the shared embedding, N picture tokens, V vocabulary.
 """
 
 from typing import Any
