@@ -24,9 +24,9 @@ STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
         "a about all also am an and any are as at be because been but by can could did do does for from had has have "
-        "he her here him his how i if in into is it its just me more most my nor of or our she should so some such than "
-        "that the their them then there these they this those to too us very was we were what when where which while "
-        "who whom why will with would you your",
+        "he her here him his how i if in into is it its just me more most my nor of or our she should so some such "
+        "than that the their them then there these they this those to too us very was we were what when where which "
+        "while who whom why will with would you your",
     )
 )
 """English words that say little of a picture; `no`, `up` or `under` say something."""
