@@ -20,6 +20,17 @@ DRAWS = 3
 """Random numbers in [0, 1) that one choice takes."""
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*|\s*\n\s*")
 
+STOP_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        "a about all also am an and any are as at be because been but by can could did do does for from had has have "
+        "he her here him his how i if in into is it its just me more most my nor of or our she should so some such "
+        "than that the their them then there these they this those to too us very was we were what when where which "
+        "while who whom why will with would you your",
+    )
+)
+"""English words that say little of a picture; `no`, `up` or `under` say something."""
+
 
 class EdaConfig(StrictModel):
     """Easy data augmentation of texts (Wei and Zou 2019, arXiv 1901.11196), without the synonyms: no word list."""
@@ -52,6 +63,8 @@ class CaptionConfig(StrictModel):
     """Column of the json member -> weight: the own caption is one of those the sample has; `caption` is its first."""
     sentence: float = Field(0.0, ge=0, le=1)
     """Probability that one sentence of the own caption stands for the whole."""
+    stop_words: float = Field(0.0, ge=0, le=1)
+    """Probability that words such as `the` and `of` are left out of a text (arXiv 2305.08675: 0.8)."""
     eda: EdaConfig | None = None
 
     @model_validator(mode="after")
@@ -96,6 +109,11 @@ def one_sentence(text: str, share: float, draws: NDArray[np.float64]) -> str:
     """
     sentences = [part for part in SENTENCE_END.split(text.strip()) if any(map(str.isalpha, part))]
     return sentences[int(draws[1] * len(sentences))] if draws[0] < share and sentences else text
+
+
+def without_stop_words(text: str) -> str:
+    """A text less its STOP_WORDS; all of it when nothing else is there."""
+    return " ".join(word for word in text.split() if word.lower().strip(".,;:!?") not in STOP_WORDS) or text
 
 
 def eda(text: str, config: EdaConfig, generator: np.random.Generator) -> str:

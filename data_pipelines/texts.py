@@ -5,10 +5,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipelines.captions import DRAWS, CaptionConfig, choose_phrases, compose, eda, one_sentence, own_caption
+from data_pipelines.captions import (
+    DRAWS,
+    CaptionConfig,
+    choose_phrases,
+    compose,
+    eda,
+    one_sentence,
+    own_caption,
+    without_stop_words,
+)
 from data_pipelines.stream import Decoded
 
-CAPTIONS, OWN, EDA = 11, 16, 17
+CAPTIONS, OWN, EDA, STOP = 11, 16, 17, 18
 """Purposes of the random numbers (see loader)."""
 
 
@@ -43,6 +52,9 @@ def draw_texts(
         for texts, sample, row in zip(captions, samples, draws, strict=True)
     ]
     texts = [compose(chosen, config) for chosen in phrases]
+    if config.stop_words:
+        bare = generator(STOP).random(total)[rows] < config.stop_words
+        texts = [without_stop_words(text) if cut else text for text, cut in zip(texts, bare, strict=True)]
     if config.eda:
         share = config.eda.extra if further else config.eda.first
         draws = generator(EDA).random((total, 2))[rows]

@@ -155,9 +155,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     No file can say that mojibake and HTML entities are repaired first. CLIP's own vocabulary pads with the id of `!`,
     and a pad token is cut out of every text, so there the end token is named instead.
     """
-    vocabulary = json.loads(tokenizer.vocabulary)
-    if tokenizer.config.lower and vocabulary["normalizer"] is None:
-        vocabulary["normalizer"] = {"type": "Lowercase"}  # CLIP's is lower-cased before it reaches the library
+    vocabulary = _written(tokenizer)
     (folder / VOCABULARY).write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     special = {item["content"]: item["id"] for item in vocabulary["added_tokens"]}
     entries = {**vocabulary["model"]["vocab"], **special}
@@ -171,6 +169,14 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _written(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The vocabulary as it is saved."""
+    vocabulary: dict[str, Any] = json.loads(tokenizer.vocabulary)
+    if tokenizer.config.lower and vocabulary["normalizer"] is None:
+        vocabulary["normalizer"] = {"type": "Lowercase"}  # CLIP's is lower-cased before it reaches the library
+    return vocabulary
 
 
 def pick_device(name: str) -> torch.device:
@@ -238,8 +244,7 @@ def check_start(weights: Path | str, tokenizer: Tokenizer, image: ImageConfig) -
     folder = find_bundle(Path(weights)).absolute()
     model_cfg, info = model_cfg_of(folder), _read_info(folder)
     known = _load_tokenizer(folder, model_cfg, info)
-    same_length = {"context_length": tokenizer.config.context_length}
-    if known.vocabulary != tokenizer.vocabulary or known.config.model_copy(update=same_length) != tokenizer.config:
+    if not same_words(known, tokenizer):
         raise ConfigError(
             f"model.weights={str(weights)!r} was trained with another tokenizer than the recipe's, so that token ids "
             "would mean other words: set tokenizer.kind=weights, which takes the one of the weights"
@@ -251,6 +256,12 @@ def check_start(weights: Path | str, tokenizer: Tokenizer, image: ImageConfig) -
                 "%s was trained with data.image.%s=%s, this run has %s",
                 weights, name, getattr(theirs, name), getattr(image, name),
             )  # fmt: skip
+
+
+def same_words(known: Tokenizer, other: Tokenizer) -> bool:
+    """Whether the same token ids mean the same words to both, whatever length they cut texts to."""
+    same_length = {"context_length": other.config.context_length}
+    return known.config.model_copy(update=same_length) == other.config and _written(known) == _written(other)
 
 
 def _load_tokenizer(folder: Path, model_cfg: ModelDict, info: BundleInfo | None) -> Tokenizer:

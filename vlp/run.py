@@ -108,7 +108,8 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
     distributed.wrap(model, recipe.run.strategy)
     module, options = objectives.load(recipe.objective)
     loader = make_loader(recipe.data, tokenizer, recipe.run.seed, rank, world)
-    dims = objectives.Dims(int(model_cfg["embed_dim"]), scale, loader.classes, loader.clusters)
+    width = int(model_cfg["embed_dim"])
+    dims = objectives.Dims(width, scale, loader.classes, loader.clusters, image=image, tokenizer=tokenizer)
     objective = module.build(options, dims).to(device)
     if hasattr(objective, "attach"):
         objective.attach(model)

@@ -34,6 +34,17 @@ MICRO: ModelDict = {
     "text_cfg": {"context_length": 12, "vocab_size": 320, "width": 32, "heads": 2, "layers": 1},
 }
 
+MICRO_COCA: ModelDict = {
+    **MICRO,
+    "vision_cfg": {
+        **MICRO["vision_cfg"], "attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2,
+        "output_tokens": True,
+    },
+    "text_cfg": {**MICRO["text_cfg"], "width": 16, "embed_cls": True, "output_tokens": True},
+    "multimodal_cfg": {"context_length": 12, "vocab_size": 320, "width": 16, "heads": 2, "layers": 1},
+}  # fmt: skip
+"""The same with a caption decoder."""
+
 MICRO_BERT = {
     "model_type": "bert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
     "vocab_size": 320, "max_position_embeddings": 16,
@@ -90,6 +101,15 @@ def network_input(batch: Batch) -> tuple[torch.Tensor, Batch]:
     """Pictures from 0 to 1 and the batch with its further views alike: the arguments of an objective's `encode`."""
     views = batch.views and tuple(view.float() / 255 for view in batch.views)
     return batch.pixels.float() / 255, replace(batch, views=views)
+
+
+MICRO_OPTIONS: dict[str, dict[str, Any]] = {"strong_baseline": {"hidden": 16, "dim": 8}}
+"""Options that make the modules of an objective as small as these models; papers' sizes hold millions of weights."""
+
+
+def micro_model(objective: str) -> torch.nn.Module:
+    """What an objective is tried on, its weights drawn anew: MICRO, with a decoder where the objective asks for one."""
+    return instantiate(MICRO_COCA if objective == "coca" else MICRO)
 
 
 def attached(objective: Any, model: torch.nn.Module) -> Any:

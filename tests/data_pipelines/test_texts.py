@@ -11,7 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from data_pipelines.captions import CaptionConfig, EdaConfig, eda, one_sentence, own_caption
+from data_pipelines.captions import CaptionConfig, EdaConfig, eda, one_sentence, own_caption, without_stop_words
 from data_pipelines.errors import ConfigError, MissingField
 from data_pipelines.labels import LabelConfig, class_numbers, label_fields
 from data_pipelines.loader import DataConfig, Loader
@@ -86,6 +86,19 @@ def test_something_always_stays() -> None:
     assert eda("word", config, np.random.default_rng(0)) == "word"
     with pytest.raises(ValidationError):
         EdaConfig(delete=1.5)
+
+
+def test_stop_words_are_left_out_by_their_share_of_the_texts(starter_shards: Path, tokenizer: Tokenizer) -> None:
+    assert without_stop_words("The face with tears of joy.") == "face tears joy."
+    assert without_stop_words("of the") == "of the", "a text is never empty"
+    batches = [
+        next(make(starter_shards, tokenizer, captions={"stop_words": share, "prompt": "the {}"}).batches([0]))
+        for share in (0.0, 0.5, 1.0)
+    ]
+    changed = [int((batch.tokens != batches[0].tokens).any(dim=1).sum()) for batch in batches]
+    assert changed[0] == 0
+    assert 5 <= changed[1] <= 27
+    assert changed[2] == 32
 
 
 def test_class_numbers_come_from_names_numbers_and_columns(tmp_path: Path) -> None:

@@ -9,11 +9,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlp import distributed
 from vlp.distributed import Way
-from vlp.models import instantiate
 from vlp.objectives import base
 from vlp.objectives._kernel import Job, two_way
 from vlp.objectives.base import Dims
-from vlp.testing import FULL_CLASSES, FULL_CLUSTERS, MICRO, attached, full_batch, network_input, run_ranks
+from vlp.testing import (
+    FULL_CLASSES,
+    FULL_CLUSTERS,
+    MICRO_OPTIONS,
+    attached,
+    full_batch,
+    micro_model,
+    network_input,
+    run_ranks,
+)
 
 COUNT = 8
 DIMS = Dims(16, 2.0, FULL_CLASSES, FULL_CLUSTERS)
@@ -30,20 +38,23 @@ CASES: list[dict[str, Any]] = [
     for way in WAYS
     for options in ({}, {"mask": "labels", "smoothing": 0.2, "image_weight": 0.75})
 ] + [{"name": "siglip", "exchange": way, "mask": mask} for way in WAYS for mask in ("none", "labels")]
-CASES += LABELLED + [{"name": name} for name in base.names()]
+CASES += LABELLED + [{"name": name, **MICRO_OPTIONS.get(name, {})} for name in base.names()]
 CASES += [
     {"name": "decoupled", "between": "views", "positive_weight": "vmf", "exchange": way} for way in ("gather", "ring")
 ] + [{"name": "decoupled", "temperature": None, "max_scale": 20.0, "positive_weight": "vmf", "mask": "labels"}]
 CASES += [{"name": name, "between": "texts", "mask": "labels"} for name in ("cacr", "groco")]
 CASES += [{"name": name, "clip_weight": 0.0} for name in ("cacr", "groco", "pair_gate")]
 CASES += [{"name": "pair_gate", "source": "clusters", "fuse": "product", "renormalise": True}]
+STRONG: dict[str, Any] = {"name": "strong_baseline", "clip": {"mask": "captions"}, **MICRO_OPTIONS["strong_baseline"]}
+CASES += [{**STRONG, "ssl": ssl, "ssl_hidden": 12, "ssl_dim": 6} for ssl in ("simclr", "siamlip", "byolip", "barlip")]
+CASES += [{**STRONG, "ssl": "swalip", "smoothing": 0.0}]
 
 
 def gradients(options: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and averaged gradients of model and objective, from this rank's share of the batch, as the trainer does."""
     batch = full_batch(COUNT).split(distributed.world_size())[distributed.rank()]
     torch.manual_seed(0)
-    model = instantiate(MICRO)
+    model = micro_model(options["name"])
     module, config = base.load(options)
     objective = attached(module.build(config, DIMS), model)
     features = objective.encode(model, *network_input(batch))

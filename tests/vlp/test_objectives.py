@@ -14,7 +14,16 @@ from vlp.models import instantiate
 from vlp.objectives import base, clip
 from vlp.objectives.base import Dims, Features, LossOutput
 from vlp.recipe import load_recipe, recipe_names
-from vlp.testing import FULL_CLASSES, FULL_CLUSTERS, MICRO, attached, full_batch, network_input
+from vlp.testing import (
+    FULL_CLASSES,
+    FULL_CLUSTERS,
+    MICRO,
+    MICRO_OPTIONS,
+    attached,
+    full_batch,
+    micro_model,
+    network_input,
+)
 
 NAMES = base.names()
 DIMS = Dims(16, math.log(10), FULL_CLASSES, FULL_CLUSTERS)
@@ -22,9 +31,9 @@ DIMS = Dims(16, math.log(10), FULL_CLASSES, FULL_CLUSTERS)
 
 def encode(name: str, batch: Batch, **options: object) -> tuple[base.Objective, Features]:
     """An objective and what it encodes with a model of fixed weights; its own weights are fixed too."""
-    module, config = base.load({"name": name, **options})
+    module, config = base.load({"name": name, **MICRO_OPTIONS.get(name, {}), **options})
     torch.manual_seed(0)
-    model = instantiate(MICRO)
+    model = micro_model(name)
     objective = attached(module.build(config, DIMS), model)
     torch.manual_seed(1)
     return objective, objective.encode(model, *network_input(batch))

@@ -45,6 +45,21 @@ def test_parts_of_a_batch_give_the_gradients_of_the_whole(micro_recipe: Make, tm
         assert (one - other).abs().max() <= 1e-5 * one.abs().max() + 1e-8
 
 
+@pytest.mark.parametrize("ssl", ["none", "siamlip"])
+def test_projectors_see_the_whole_batch_however_it_is_cut(micro_recipe: Make, tmp_path: Path, ssl: str) -> None:
+    """Batch norms in the loss; the further views and texts are cut and put together as the first are."""
+    sizes = {} if ssl == "none" else {"ssl": ssl, "ssl_hidden": 12, "ssl_dim": 6}
+    objective = {"name": "strong_baseline", "hidden": 16, "dim": 8, **sizes}
+    recipe = validate({**micro_recipe().model_dump(), "objective": objective})
+    recipe = changed(recipe, data={"views": 3, "texts": 3})
+    loss, whole = gradients(recipe, tmp_path)
+    again, found = gradients(changed(recipe, optim={"accumulate": 4}), tmp_path)
+    assert again == pytest.approx(loss, rel=1e-6)
+    assert len(found) == len(whole) > 20
+    ours, theirs = (torch.cat([gradient.flatten() for gradient in grads]) for grads in (found, whole))
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
 def dropping(recipe: Recipe) -> Recipe:
     vision = {**recipe.model.config["vision_cfg"], "patch_size": 4}  # type: ignore[index]
     config = {**recipe.model.config, "vision_cfg": vision}  # type: ignore[dict-item]

@@ -100,6 +100,10 @@ def instantiate(model_cfg: ModelDict) -> nn.Module:
             write_timm_config(Path(scratch), vision["timm_model_name"], arguments)
             vision["timm_model_name"] = f"local-dir:{scratch}"
         model: nn.Module = model_class(**kwargs)
+    if isinstance(
+        model, CoCa
+    ):  # open_clip leaves this weight as it finds the memory; its own init_parameters never runs
+        nn.init.normal_(model.text_decoder.text_projection, std=model.text_decoder.width**-0.5)
     if channels != 3:
         _replace_stem(model.get_submodule("visual"), channels)
     return model

@@ -1,5 +1,6 @@
 """A model whose towers leave out what does not reach its features, for training."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ class LeanModel(nn.Module):
         tower = getattr(model, "text", model)
         visual = getattr(model, "visual", None)
         early = trim and can_pool_early(visual)
-        self._image: Any = (lambda image: encode_pooled(visual, image)) if early else model.encode_image
-        self._text: Any = (lambda text: encode_trimmed(tower, text)) if trim and can_trim(tower) else model.encode_text
+        # asked for in so many words, because open_clip's CoCa normalises unless told otherwise
+        image, text = (partial(encode, normalize=False) for encode in (model.encode_image, model.encode_text))
+        self._image: Any = (lambda pixels: encode_pooled(visual, pixels)) if early else image
+        self._text: Any = (lambda tokens: encode_trimmed(tower, tokens)) if trim and can_trim(tower) else text
         if compiled:
             self._image, self._text = torch.compile(self._image), torch.compile(self._text, dynamic=True)
 

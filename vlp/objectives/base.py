@@ -7,7 +7,7 @@ Suffixes: B samples of this rank, or of all ranks once gathered; D embedding wid
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -19,6 +19,8 @@ import vlp.objectives
 from data_pipelines.batch import Batch
 from data_pipelines.config import StrictModel, explain
 from data_pipelines.errors import ConfigError, MissingField
+from data_pipelines.preprocess import ImageConfig
+from data_pipelines.tokens import Tokenizer
 from vlp import distributed
 from vlp.distributed import Way, gather
 from vlp.objectives._kernel import Job, Judge, Pairs, Precision, Side, pairwise_sigmoid, two_way
@@ -47,6 +49,10 @@ class Dims:
     """Classes that `label_ids` and `multi_labels` number; 0 without `data.labels`."""
     clusters: int = 0
     """Clusters or entities that `cluster_ids` number; 0 without `data.clusters`."""
+    image: ImageConfig | None = None
+    """How the run's pictures are prepared; None: unknown, as in tests."""
+    tokenizer: Tokenizer | None = None
+    """What made the run's tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,14 +182,27 @@ def contrast(
     if way == "gather":
         image_BD, text_BD, labels = gather(image_BD), gather(text_BD), tuple(map(gather, labels))
         weights = weights and (gather(weights[0]), gather(weights[1]))
-        pairs = judge(labels, labels) if judge and len(image_BD) < UNTILED else Pairs()
-        special = decoupled or any(item is not None for item in (weights, pairs.log_weight_RC, pairs.target_RC))
-        if len(image_BD) < UNTILED and not special:
+    job = Job(way, precision, judge, smoothing, decoupled)
+    return contrast_by(job, image_BD, text_BD, logit_scale, labels, weights)
+
+
+def contrast_by(
+    job: Job,
+    image_BD: Tensor,
+    text_BD: Tensor,
+    logit_scale: Tensor,
+    labels: Side = (),
+    weights: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `contrast`; with way "gather" every rank must hand in the batch of all ranks."""
+    if job.way == "gather" and len(image_BD) < UNTILED:
+        pairs = job.judge(labels, labels) if job.judge else Pairs()
+        special = job.decoupled or any(item is not None for item in (weights, pairs.log_weight_RC, pairs.target_RC))
+        if not special:
             logits_BB = logit_scale.float() * (image_BD.float() @ text_BD.float().T)
             if pairs.excluded_RC is not None:
                 logits_BB = mask_pairs(logits_BB, pairs.excluded_RC)
-            return _row_loss(logits_BB, smoothing), _row_loss(logits_BB.T, smoothing)
-    job = Job(way, precision, judge, smoothing, decoupled)
+            return _row_loss(logits_BB, job.smoothing), _row_loss(logits_BB.T, job.smoothing)
     return two_way(image_BD, text_BD, logit_scale, labels, job, weights)
 
 
@@ -218,10 +237,15 @@ def further(batch: Batch, field: Literal["views", "extra_tokens"], count: int, b
 
 def encode_pairs(model: Encoder, pixels_BCHW: Tensor, batch: Batch, mask: Mask, name: str) -> Features:
     """Both towers once, and the phrases that `mask` compares. Raises MissingField."""
+    image_BD = model.encode_image(pixels_BCHW, normalize=True)
+    return with_phrases(Features(image_BD, model.encode_text(batch.text_input, normalize=True)), batch, mask, name)
+
+
+def with_phrases(features: Features, batch: Batch, mask: Mask, name: str) -> Features:
+    """The features and the phrases that `mask` compares. Raises MissingField."""
     by = f"{name} with mask={mask}"
-    return Features(
-        image_BD=model.encode_image(pixels_BCHW, normalize=True),
-        text_BD=model.encode_text(batch.text_input, normalize=True),
+    return replace(
+        features,
         phrase_ids_BP=None if mask == "none" else batch.require("phrase_ids", by),
         text_phrase_ids_BQ=batch.require("text_phrase_ids", by) if mask == "labels" else None,
     )
