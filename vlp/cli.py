@@ -14,6 +14,7 @@ COMMANDS = {
     "train": ("vlp.commands.train:train", "Train a recipe."),
     "recipes": ("vlp.commands.train:recipes", "List, show or copy the recipes that come with vlp."),
     "objectives": ("vlp.commands.train:objectives", "List the training objectives."),
+    "claims": ("vlp.commands.claims:claims", "Measure what the methods are said to gain."),
     "eval": ("vlp.commands.model:evaluate", "Evaluate a bundle on shards."),
     "export": ("vlp.commands.export:export", "Write a bundle in another project's format."),
     "runs": ("vlp.commands.runs:runs", "List runs, or compare some of them."),

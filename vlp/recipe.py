@@ -211,7 +211,10 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def apply_override(settings: dict[str, Any], override: str) -> None:
-    """Set one dotted `key=value`; the value is read as YAML. List entries are addressed by their number."""
+    """Set one dotted `key=value`; the value is read as YAML. List entries are addressed by their number.
+
+    Another `objective.name` drops the options of the old objective, as `merge` does.
+    """
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"override {override!r}: expected key=value, for example optim.lr=1e-3")
@@ -229,6 +232,8 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
         _entry(target, last, override)
         target[int(last)] = value
     elif isinstance(target, dict):
+        if path == "objective.name" and target.get("name") != value:
+            target.clear()
         target[last] = value
     else:
         raise ConfigError(f"override {override!r}: {last!r} lies below a plain value")

@@ -25,7 +25,11 @@ FOLDER = click.Path(path_type=Path)
   knn           labels from the nearest pictures of --train
                 k=20  temperature=0.07  labels  column  multi
   linear-probe  logistic regression fitted on --train: accuracy, or mAP with several labels
-                penalties=[1,0.1,...]  validation=0.2  iterations=100  seed=0  labels  column  multi
+                penalties=[1,0.1,...]  validation=0.2  iterations=100  share=1  seed=0  labels  column  multi
+  label-retrieval  pictures find pictures with the same label, names of labels find theirs: mAP, P@1, P@5
+                match=first|any  templates  labels  column
+  label-alignment  do the features order pairs as the labels do: Spearman's rank correlation
+                pairs=500000  seed=0  labels  column
   geometry      effective rank, RankMe, alignment, uniformity, modality gap
                 alpha=2  t=2
   all           every task that the data and the options given allow

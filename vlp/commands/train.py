@@ -1,7 +1,5 @@
 """`vlp train`, `vlp recipes`, `vlp objectives`."""
 
-import importlib
-import re
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -130,16 +128,25 @@ def cp(name: str, target: Path, as_json: bool) -> None:
 
 
 @command(epilog="Example: vlp objectives --json")
+@click.option("--markdown", is_flag=True, help="As the table of the README.")
 @json_option
-def objectives(as_json: bool) -> None:
-    """List the training objectives: what they are, the batch fields they need, how ranks share them."""
-    from vlp.objectives.base import names
+def objectives(markdown: bool, as_json: bool) -> None:
+    """List the training objectives: paper, batch fields needed, how ranks share them, recipe, claims and verdicts."""
+    from vlp.claims.results import read_rows, zoo, zoo_table
+    from vlp.commands.runs import columns
 
-    rows = {}
-    for name in names():
-        module = importlib.import_module(f"vlp.objectives.{name}")
-        title = re.split(r"\.\s", str(module.__doc__).strip().replace("\n", " "))[0]
-        options = {key: item.default for key, item in module.Config.model_fields.items()}
-        rows[name] = {"title": title, "needs": module.NEEDS, "coupling": module.COUPLING, "options": options}
-    lines = [f"{name:16} {row['coupling']:8} {', '.join(row['needs']):20} {row['title']}" for name, row in rows.items()]
-    emit({"objectives": rows}, as_json, lines)
+    rows = read_rows()
+    found = zoo(rows)
+    head = ("objective", "paper", "needs", "coupling", "recipe", "claim: verdict")
+    table = [
+        (
+            name,
+            row["paper"],
+            ", ".join(row["needs"]),
+            row["coupling"],
+            row["recipe"] or "none",
+            ", ".join(f"{claim}: {state}" for claim, state in row["claims"].items()) or "none",
+        )
+        for name, row in found.items()
+    ]
+    emit({"objectives": found}, as_json, [zoo_table(rows)] if markdown else columns([head, *table]))

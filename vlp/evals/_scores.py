@@ -98,6 +98,28 @@ def mean_average_precision(
     yield "mAP_classes", float(len(sizes))
 
 
+def micro_average_precision(score: Callable[[range], Tensor], right: Rights, classes: int) -> float:
+    """Average precision over all pairs of picture and class as one list; `score` gives NC scores of a run of classes.
+
+    Only the scores of the right pairs are kept; every other score is counted below the first of them that it reaches.
+    """
+    members: list[list[int]] = [[] for _ in range(classes)]
+    for row, numbers in enumerate(right):
+        for number in numbers:
+            members[number].append(row)
+    size = max(FEWEST, TILE // len(right))
+    runs = [range(first, min(first + size, classes)) for first in range(0, classes, size)]
+    tiles = ((score(run), mask_of(members[run.start : run.stop], len(right)).T) for run in runs)
+    positives_P = torch.cat([scores_NC[right_NC] for scores_NC, right_NC in tiles]).sort().values
+    reached = torch.zeros(len(positives_P) + 1, dtype=torch.int64)
+    for run in runs:
+        places = torch.searchsorted(positives_P, score(run).flatten(), right=True)
+        reached += torch.bincount(places, minlength=len(reached))
+    above_P = reached.flip(0).cumsum(0).flip(0)[1:]
+    right_above_P = len(positives_P) - torch.searchsorted(positives_P, positives_P)
+    return float((right_above_P.double() / above_P).mean())
+
+
 def neighbours(query_QD: Tensor, known_CD: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(similarities, row numbers) QK of the nearest rows of `known_CD`, nearest first; K is k or C if that is less."""
     k = min(k, len(known_CD))

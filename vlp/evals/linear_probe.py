@@ -2,7 +2,8 @@
 
 Radford et al. 2021, arXiv 2103.00020, appendix A.3: L-BFGS, and a strength of regularisation that is chosen on a part
 of the training pictures, never on the test pictures; the chosen one is then fitted to all of them. One label per
-picture: softmax regression. Several: one logistic regression per label (one versus rest), mean average precision.
+picture: softmax regression. Several: one logistic regression per label (one versus rest), mean average precision over
+labels (mAP), and over all pairs of picture and label as one list (micro_mAP).
 
     minimise over W, b   mean over pictures of loss(xW + b) + penalty / 2 * |W|^2
 
@@ -24,7 +25,7 @@ from data_pipelines.shard_set import Train
 from data_pipelines.stream import cut
 from vlp.evals._encode import Encoder
 from vlp.evals._labels import Labels, firsts, label_sets, labelled, several
-from vlp.evals._scores import TILE, Rights, accuracies, mean_average_precision, tiled_ranks
+from vlp.evals._scores import TILE, Rights, accuracies, mean_average_precision, micro_average_precision, tiled_ranks
 
 Pairs = Iterator[tuple[str, float]]
 
@@ -46,8 +47,10 @@ class Config(StrictModel):
     """Share of the training pictures on which the strength is chosen."""
     iterations: int = Field(100, ge=1)
     """Steps of L-BFGS at most, for each strength."""
+    share: float = Field(1.0, gt=0, le=1)
+    """Share of the labelled training pictures that are used, the validation pictures among them: label efficiency."""
     seed: int = 0
-    """Draws the validation pictures."""
+    """Draws the validation pictures and the share."""
 
     @field_validator("penalties")
     @classmethod
@@ -63,12 +66,16 @@ def run(encoder: Encoder, data: Train | Path, config: Config) -> Pairs:
     single, every = label_sets(config.labels, train)
     multi = several(config.multi, labelled(train, every, config.train, config.column)[1])
     labels = every if multi else single
-    of_train, targets = labelled(train, labels, config.train, config.column)
+    of_train, targets = some(*labelled(train, labels, config.train, config.column), config)
     rows, classes = labelled(test, labels, data, config.column)
     features_ND = train.image_ND[of_train].to(encoder.bundle.device)
     penalty, reached = choose(features_ND, targets, len(labels.names), multi, config)
     score = Probe(features_ND, targets, len(labels.names), multi, config.iterations).fit(penalty)
-    yield from measure(score(test.image_ND[rows].to(features_ND.device)), classes, len(labels.names), multi)
+    scores = score(test.image_ND[rows].to(features_ND.device))
+    yield from measure(scores, classes, len(labels.names), multi)
+    if multi:
+        everyone = range(len(rows))
+        yield "micro_mAP", micro_average_precision(lambda run: scores(everyone, run), classes, len(labels.names))
     yield "penalty", penalty
     yield "validation", reached
     yield "train_pictures", float(len(of_train))
@@ -78,6 +85,15 @@ def run(encoder: Encoder, data: Train | Path, config: Config) -> Pairs:
 
 Scores = Callable[[range, range], Tensor]
 """QC scores of a run of pictures for a run of classes."""
+
+
+def some(rows: list[int], targets: list[list[int]], config: Config) -> tuple[list[int], list[list[int]]]:
+    """The share of the training pictures that is asked for, drawn by `seed`."""
+    if config.share == 1:
+        return rows, targets
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
+    kept = sorted(order[: max(2, round(config.share * len(rows)))].tolist())
+    return [rows[place] for place in kept], [targets[place] for place in kept]
 
 
 def choose(features_ND: Tensor, targets: Rights, classes: int, multi: bool, config: Config) -> tuple[float, float]:
