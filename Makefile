@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test bench-data prove-data bench-train prove-train format clean
+.PHONY: help setup demo test bench-data prove-data bench-train prove-train claims format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -59,11 +59,16 @@ $(PEERS_STAMP): $(STAMP)
 	@touch $@
 
 ROWS ?=
+NAMES ?= all
 bench-data: $(PEERS_STAMP)  ## the figures of the data path against their peers (about 40 minutes; ROWS=a,b for some)
 	$(call step,data path,$(BIN)/python tests/benchmarks/bench_data.py --rows "$(ROWS)")
 
 bench-train: $(PEERS_STAMP)  ## the figures of the trainer against open_clip's (about 60 minutes; ROWS=a,b for some)
 	$(call step,trainer,$(BIN)/python tests/benchmarks/bench_train.py --rows "$(ROWS)")
+
+claims: setup  ## every claim with three seeds, and both tables of the README (about 10 minutes each; NAMES="a b" for some)
+	$(call step,claims,$(BIN)/vlp claims run $(NAMES))
+	$(call step,tables,$(BIN)/vlp claims table --readme README.md > /dev/null)
 
 prove-train: setup  ## the slow proofs of the trainer: kills, signals, damaged checkpoints, bad losses (about 20 minutes)
 	$(call step,proofs,$(BIN)/python tests/benchmarks/prove.py train)

@@ -18,6 +18,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from vlp.claims.results import claims_table
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
 MEETS = {">=": operator.ge, "<=": operator.le}
@@ -119,6 +121,8 @@ def write(suite: str, rows: Sequence[Any], folder: Path = RESULTS, group: str = 
 def table(result: Path) -> str:
     """README's table of a result file."""
     data = json.loads(result.read_text())
+    if data["suite"] == "claims":
+        return claims_table(data["rows"])
     if "value" in data["rows"][0]:
         return _table_of_proofs(data)
     lines = ["| measure | peer | ratio (low - high) | goal | |", "|---|---|---|---|---|"]

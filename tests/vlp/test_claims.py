@@ -1,0 +1,405 @@
+"""Claims: their checks, plans, runs and outcomes; the claims that ship; the tables in the README."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+import vlp.objectives
+from data_pipelines.errors import ConfigError
+from vlp.claims import Claim, checks, claim_names, data, engine, load_claim, parse_claim, results
+from vlp.cli import cli
+from vlp.models import instantiate
+from vlp.objectives import base
+from vlp.recipe import Recipe, apply_override, dump, load_recipe, recipe_names
+from vlp.testing import MICRO, full_batch, network_input
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def claim_of(**changes: Any) -> Claim:
+    """A claim that is right but for the changes."""
+    settings: dict[str, Any] = {
+        "paper": "a, b 2026, arXiv 2601.00001", "statement": "more", "objective": "clip", "recipe": "claims/fashion",
+        "arms": {"plain": [], "treated": ["objective.smoothing=0.1"]},
+        "values": {"a": ["plain", "x/top1"], "b": ["treated", "x/top1"]}, "checks": ["b - a >= 0.03"],
+    }  # fmt: skip
+    return parse_claim(settings | changes)
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("check", "expected"),
+    [
+        ("b - a >= 0.03", True),
+        ("b - a > 0.06", False),
+        ("(b - a) / a >= 0.1", True),
+        ("a < b < 1", True),
+        ("a < b < 0.5", False),
+        ("max(a, b, 0.7) <= min(0.7, 2 * b)", True),
+        ("abs(a - b) <= -(-0.05) + 1e-9", True),
+        ("a / (b - b) >= 0", False),
+        ("a / (b - b) < 0", False),
+    ],
+)
+def test_checks_are_arithmetic(check: str, expected: bool) -> None:
+    """a = 0.5, b = 0.55; what is divided by zero is true of nothing."""
+    assert checks.holds(check, {"a": 0.5, "b": 0.55}) is expected
+
+
+@pytest.mark.parametrize(
+    "check",
+    ["b - a", "a >=", "__import__('os') > 0", "a.real > 0", "a[0] > 1", "a == b", "a ** 9 > 1", "a > 'x'", "a > True",
+     "(lambda: a)() > 0", "a and b > 0", "min() > 0", "max(a, key=b) > 0"],
+)  # fmt: skip
+def test_nothing_else_is_a_check(check: str) -> None:
+    with pytest.raises(ConfigError, match=r"allowed: numbers, names of values"):
+        checks.parse(check)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checks": ["c > 0"]}, "c is no value; values are a, b"),
+        ({"checks": []}, "one check at least"),
+        ({"values": {"a": ["other", "x"]}}, "there is no arm or step 'other'; there are plain, treated"),
+        ({"arms": {"a-b": []}}, "'a-b' is no name"),
+        ({"steps": {"plain": "eval x"}}, "plain: an arm and a step of the same name"),
+        ({"threshold": 3}, "unknown key 'threshold'; known here: paper, statement"),
+    ],
+)
+def test_a_claim_that_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        claim_of(**changes)
+
+
+# -- the claims that ship ----------------------------------------------------------------------------------------------
+
+
+def test_there_are_claims() -> None:
+    assert "clip" in claim_names()
+    with pytest.raises(ConfigError, match="claim 'none' is unknown; known: .*clip"):
+        load_claim("none")
+
+
+@pytest.mark.parametrize("name", claim_names())
+def test_a_shipped_claim_can_be_planned(name: str) -> None:
+    """Recipe, overrides and data exist, the objective is one of ours, and every value is of an evaluation that is run."""
+    claim = load_claim(name)
+    assert claim.objective in base.names()
+    assert claim.recipe in recipe_names()
+    assert re.search(r"arXiv \d{4}\.\d{4,5}", claim.paper)
+    assert claim.seeds >= 3
+    places = {name: Path("/data") / name for name in data.data_sets()}
+    jobs = {job.name: job for job in engine.plan(claim, 1, places, "test")}
+    assert jobs.keys() == claim.arms.keys() | claim.steps.keys()
+    for arm, metric in claim.values.values():
+        settings = jobs[arm].settings
+        if settings is not None and not metric.startswith("train/"):
+            assert any(metric.startswith(item["name"] + "/") for item in settings["evals"]), metric
+    tuned = json.dumps([job.settings for job in engine.plan(claim, 1, places, "val")])
+    assert not re.search(r"/data/[\w-]+/test", tuned), "the test split is read while options are chosen"
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+PLACES = {"claims-fashion": Path("/data/fashion")}
+
+
+def test_arms_differ_by_their_overrides_and_seed_alone() -> None:
+    plain, treated, again, _ = engine.plan(claim_of(), 2, PLACES, "test")
+    assert (plain.name, plain.seed, treated.name, again.seed) == ("plain", 0, "treated", 1)
+    assert plain.settings is not None
+    assert treated.settings is not None
+    assert plain.settings["run"] == treated.settings["run"]
+    assert plain.settings["data"] == treated.settings["data"]
+    assert treated.settings["objective"] == {"name": "clip", "smoothing": 0.1}
+    assert plain.settings["data"]["train"] == "/data/fashion/train"
+    assert (plain.settings["run"]["threads"], plain.settings["run"]["processes"]) == (1, 1)
+    assert len({plain.folder, treated.folder, again.folder}) == 3
+
+
+def test_claims_with_the_same_baseline_share_its_runs() -> None:
+    other = claim_of(arms={"base": [], "treated": ["optim.lr=1e-4"]}, values={"a": ["base", "x"]}, checks=["a > 0"])
+    first, second = (engine.plan(claim, 1, PLACES, "test") for claim in (claim_of(), other))
+    assert first[0].folder == second[0].folder
+    assert first[1].folder != second[1].folder
+    assert engine.plan(claim_of(), 1, PLACES, "val")[0].folder != first[0].folder
+
+
+def test_steps_come_before_the_arms_that_name_them() -> None:
+    claim = claim_of(
+        arms={"treated": ["data.keep={made}/keep.txt"], "plain": []},
+        steps={"made": "curate cluster {plain} --data shards/claims-fashion/train --out {made}/keep.txt"},
+    )
+    jobs = {job.name: job for job in engine.plan(claim, 1, PLACES, "test")}
+    plain, made, treated = jobs["plain"], jobs["made"], jobs["treated"]
+    assert made.command == (
+        "curate", "cluster", str(plain.folder), "--data", "/data/fashion/train", "--out", f"{made.folder}/keep.txt",
+    )  # fmt: skip
+    assert treated.settings is not None
+    assert treated.settings["data"]["keep"] == f"{made.folder}/keep.txt"
+    assert (plain.needs, made.needs, treated.needs) == (frozenset(), {plain.folder}, {made.folder})
+
+
+def test_a_circle_of_needs_is_refused() -> None:
+    claim = claim_of(arms={"plain": ["data.keep={treated}/a"], "treated": ["data.keep={plain}/b"]})
+    with pytest.raises(ConfigError, match="in a circle: plain -> treated -> plain"):
+        engine.plan(claim, 1, PLACES, "test")
+
+
+def test_another_objective_drops_the_options_of_the_old_one() -> None:
+    settings: dict[str, Any] = {"objective": {"name": "clip", "smoothing": 0.2}}
+    apply_override(settings, "objective.name=clip")
+    assert settings["objective"] == {"name": "clip", "smoothing": 0.2}
+    apply_override(settings, "objective.name=siglip")
+    assert settings["objective"] == {"name": "siglip"}
+
+
+# -- a whole run -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def micro_claim(
+    micro_recipe: Callable[..., Recipe], starter_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A claim file of two arms, a step between them and two seeds; trains in seconds."""
+    monkeypatch.setattr(engine, "runs_folder", lambda: tmp_path / "runs")
+    plain = yaml.safe_load(dump(micro_recipe(steps=4)))
+    val = str(starter_shards / "val")
+    plain["evals"] = [{"name": "val", "task": "geometry", "data": val}]
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(plain))
+    claim = claim_of(
+        recipe=str(tmp_path / "base.yaml"),
+        seeds=2,
+        steps={"measured": f"eval {{plain}} --data {val} --task geometry"},
+        arms={"plain": [], "treated": ["objective.smoothing=0.3"], "after": ["model.weights={plain}/bundle"]},
+        values={
+            "a": ["plain", "val/image/effective_rank"],
+            "b": ["treated", "val/image/effective_rank"],
+            "c": ["measured", "metrics/image/effective_rank"],
+            "loss": ["after", "train/loss"],
+        },
+        checks=["abs(a - c) <= 1e-6", "abs(a - b) > 1e-6", "loss > 0"],
+    )
+    path = tmp_path / "micro.yaml"
+    path.write_text(yaml.safe_dump(claim.model_dump(mode="json")))
+    return path
+
+
+def run(*arguments: str) -> dict[str, Any]:
+    done = CliRunner().invoke(cli, ["claims", "run", *arguments, "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(done.stdout.strip().splitlines()[-1])["claims"]
+    return dict(row)
+
+
+def test_a_claim_is_run_kept_and_gone_on_with(micro_claim: Path, tmp_path: Path) -> None:
+    """All jobs, then nothing at all, then only the run that was lost, with the same numbers to the last digit."""
+    kept = tmp_path / "results.json"
+    row = run(str(micro_claim), "--results", str(kept), "--workers", "2")
+    assert row["met"], row
+    assert row["value"] == 3
+    assert row["kept"] == str(kept)
+    assert [check["seeds_that_hold"] for check in row["checks"]] == [2, 2, 2]
+    assert json.loads(kept.read_text())["rows"][0]["values"] == row["values"]
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob(f"*/{engine.DONE}")}
+    assert len(done) == 8
+    assert not list((tmp_path / "runs").glob("*/checkpoints"))
+
+    def numbers(path: Path) -> dict[str, float]:
+        found: dict[str, float] = json.loads(path.read_text())["numbers"]
+        return {name: value for name, value in found.items() if not re.search("second|wait|mfu", name)}
+
+    lost = next(path for path in done if "val/alignment" in json.loads(path.read_text())["numbers"])
+    before = numbers(lost)
+    lost.unlink()
+    (lost.parent / "metrics.jsonl").unlink()
+    again = run(str(micro_claim), "--workers", "1")
+    assert again["values"] == row["values"]
+    assert again["kept"] is None, "a claim of a file is kept only where --results says so"
+    assert numbers(lost) == before
+    assert [path for path in done if path.stat().st_mtime_ns != done[path]] == [lost]
+
+
+def test_fewer_seeds_are_kept_nowhere(micro_claim: Path, tmp_path: Path) -> None:
+    row = run(str(micro_claim), "--seeds", "1", "--results", str(tmp_path / "results.json"), "--workers", "1")
+    assert row["kept"] is None
+    assert row["values"]["a"]["deviation"] is None
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_what_fails_is_named(micro_claim: Path) -> None:
+    text = micro_claim.read_text().replace("--task geometry", "--task nothing")
+    micro_claim.write_text(text)
+    done = CliRunner().invoke(cli, ["claims", "run", str(micro_claim), "--seeds", "1", "--workers", "1"])
+    assert done.exit_code == 1
+    assert re.search(r"measured with seed 0: `vlp eval .*` failed: .*task 'nothing' is unknown", done.output, re.S)
+
+
+# -- outcomes ----------------------------------------------------------------------------------------------------------
+
+
+def found_of(*pairs: tuple[float, float]) -> dict[tuple[str, int], dict[str, Any]]:
+    return {
+        (arm, seed): {"numbers": {"x/top1": number}, "seconds": 30.0}
+        for seed, pair in enumerate(pairs)
+        for arm, number in zip(("plain", "treated"), pair, strict=True)
+    }
+
+
+def test_outcome_by_hand() -> None:
+    """b - a is 0.05, 0.01 and 0.06: 0.04 in the mean, which is enough, and enough for two of three seeds."""
+    row = results.outcome("x", claim_of(), found_of((0.5, 0.55), (0.52, 0.53), (0.54, 0.6)), 3)
+    assert (row["met"], row["value"], row["goal"], row["core_seconds"]) == (True, 1, ">= 1", 180)
+    assert row["values"]["a"] == {"mean": 0.52, "deviation": 0.02, "low": 0.5, "high": 0.54}
+    assert row["checks"] == [{"check": "b - a >= 0.03", "holds": True, "left": 0.04, "seeds_that_hold": 2}]
+
+
+def test_a_metric_that_is_not_there_is_named_with_those_that_are() -> None:
+    claim = claim_of(values={"a": ["plain", "x/top5"]}, checks=["a > 0"])
+    with pytest.raises(ConfigError, match=r"values.a: plain has no 'x/top5'; it has x/top1"):
+        results.outcome("x", claim, found_of((0.5, 0.55)), 1)
+
+
+def test_a_failed_claim_stays_and_a_changed_one_must_be_run_again(tmp_path: Path) -> None:
+    claim = load_claim("clip")
+    numbers = {metric: 0.5 for _, metric in claim.values.values()}
+    found = {(arm, seed): {"numbers": numbers, "seconds": 1.0} for arm in claim.arms for seed in range(3)}
+    path = results.keep(results.outcome("clip", claim, found, 3), tmp_path / "results.json")
+    rows = results.read_rows(path)
+    assert results.verdict("clip", rows) == "fails"
+    assert "**no**" in results.claims_table(rows)
+    assert "`clip`: fails" in results.zoo_table(rows)
+    assert results.verdict("clip", [{**rows[0], "note": "something else"}]) == "not run yet"
+    results.keep({**rows[0], "met": True}, path)
+    assert [results.verdict("clip", [row]) for row in results.read_rows(path)] == ["holds"]
+
+
+def test_results_belong_to_the_claims_as_they_stand() -> None:
+    stale = [row["name"] for row in results.read_rows() if row["name"] not in claim_names()
+             or not results.is_of(row, load_claim(row["name"]))]  # fmt: skip
+    assert not stale, "these claims were changed or are gone: run them again, or remove their rows"
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def test_readme_shows_all_objectives_and_claims() -> None:
+    page = ROOT / "README.md"
+    assert results.renew(page, results.read_rows()) == page.read_text(), "run: vlp claims table --readme README.md"
+
+
+def test_every_objective_names_its_paper() -> None:
+    found = results.zoo([])
+    assert found.keys() == set(base.names())
+    for name, row in found.items():
+        assert re.search(r"arXiv[: ]\d{4}\.\d{4,5}$", row["paper"]), f"{name}: (Authors year, arXiv 0000.00000) is missing"
+        assert row["recipe"], name
+        assert row["title"], name
+
+
+def test_commands_print_the_tables() -> None:
+    for command, expected in (
+        (["objectives", "--markdown"], results.zoo_table(results.read_rows())),
+        (["claims", "table"], results.claims_table(results.read_rows())),
+    ):
+        done = CliRunner().invoke(cli, command, catch_exceptions=False)
+        assert done.output.strip() == expected
+    listed = json.loads(CliRunner().invoke(cli, ["claims", "ls", "--json"]).stdout)["claims"]
+    assert listed["clip"]["objective"] == "clip"
+
+
+def test_the_method_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten lines, as promised, besides header and imports; the loss is that of pictures to texts."""
+    text = (ROOT / "README.md").read_text()
+    (source,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    lines = [line for line in source.splitlines()[1:] if line and not line.startswith(("from", "import"))]
+    assert len(lines) <= 11, "ten lines and the names of the contract"
+    (tmp_path / "mine.py").write_text(source)
+    monkeypatch.setattr(vlp.objectives, "__path__", [*vlp.objectives.__path__, str(tmp_path)])
+    try:
+        assert "mine" in base.names()
+        module, config = base.load({"name": "mine", "smoothing": 0.0})
+        torch.manual_seed(0)
+        model = instantiate(MICRO)
+        objective = module.build(config, base.Dims(16, 2.0))
+        features = objective.encode(model, *network_input(full_batch()))
+        output = objective(features, torch.tensor(10.0))
+        clip, options = base.load({"name": "clip"})
+        expected = clip.build(options, base.Dims(16, 2.0))(features, torch.tensor(10.0))
+        assert torch.equal(output.loss, expected.parts["image_to_text"])
+    finally:
+        sys.modules.pop("vlp.objectives.mine", None)
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def emoji_shards() -> Path:
+    return data.prepared("claims-emoji", progress=False)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    pq = pytest.importorskip("pyarrow.parquet")
+    return [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def test_splits_of_the_emoji_share_no_family_and_every_label_is_known(emoji_shards: Path) -> None:
+    splits = {split: rows_of(emoji_shards / split) for split in ("train", "val", "test")}
+    families = {split: {row["family"] for row in rows} for split, rows in splits.items()}
+    assert not families["train"] & families["test"]
+    assert not families["train"] & families["val"]
+    assert not families["val"] & families["test"]
+    known = set((emoji_shards / "labels.txt").read_text().splitlines())
+    for rows in splits.values():
+        assert all(row["labels"] and set(row["labels"]) <= known for row in rows)
+        assert {row["source"] for row in rows} == {"google", "google-2017", "twitter", "fluent"}
+    carried = {label for row in splits["train"] for label in row["labels"]}
+    assert carried == known
+    assert len(splits["test"]) > 800
+
+
+def test_mentions_hold_a_true_name_and_often_a_foreign_one(emoji_shards: Path) -> None:
+    names = {code: set(found) for code, found in json.loads((emoji_shards / "entities.json").read_text()).items()}
+    rows = rows_of(emoji_shards / "train")
+    assert all(any(name in row["mentions"] for name in names[row["concept"]]) for row in rows)
+    alone = sum(row["mentions"] in names[row["concept"]] for row in rows) / len(rows)
+    assert 0.35 < alone < 0.45
+
+
+def test_keep_lists_of_fashion_have_equal_length_and_a_long_tail() -> None:
+    folder = data.prepared("claims-fashion", progress=False)
+    label = {row["key"]: row["labels"][0] for row in rows_of(folder / "train")}
+    lists = {name: (folder / name).read_text().split() for name in ("longtail.txt", "balanced.txt")}
+    assert len(lists["longtail.txt"]) == len(lists["balanced.txt"]) == len(set(lists["balanced.txt"]))
+    counts = {name: sorted(map([label[key] for key in keys].count, set(label.values()))) for name, keys in lists.items()}
+    assert counts["longtail.txt"][-1] == data.LARGEST
+    assert counts["longtail.txt"][0] == data.LARGEST // data.RATIO
+    assert counts["balanced.txt"][-1] - counts["balanced.txt"][0] <= 1
+
+
+def test_an_unknown_data_set_is_named_with_those_that_are() -> None:
+    with pytest.raises(ConfigError, match="data set 'x' of the claims does not exist; there are claims-emoji"):
+        data.find("x")
+
+
+def test_base_recipes_read_no_test_split_for_training() -> None:
+    names = [name for name in recipe_names() if name.startswith("claims/")]
+    assert names
+    for name in names:
+        recipe = load_recipe(name)
+        assert str(recipe.data.train).endswith("/train")
+        assert all("/test" in str(item.data) for item in recipe.evals)
+
