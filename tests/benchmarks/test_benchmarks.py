@@ -144,7 +144,9 @@ def test_results_are_merged_by_name_and_shown_in_the_readme(tmp_path: Path) -> N
 
 def test_readme_shows_the_committed_results() -> None:
     for result in RESULTS.glob("*.json"):
-        assert render(ROOT / "README.md", result) == (ROOT / "README.md").read_text(), f"renew the table of {result.name}"
+        assert render(ROOT / "README.md", result) == (ROOT / "README.md").read_text(), (
+            f"renew the table of {result.name}"
+        )
     assert (RESULTS / "data.json").exists()
 
 

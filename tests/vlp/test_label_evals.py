@@ -42,7 +42,7 @@ def test_pictures_find_their_label_by_hand() -> None:
 
 
 def test_pictures_against_a_slow_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several labels, a tile of 3 queries, and 41 pictures: precision at every right picture, read off a sorted list."""
+    """Several labels, a tile of 3 queries, 41 pictures: precision at every right picture, read off a sorted list."""
     image, generator = rows_of(41), torch.Generator().manual_seed(1)
     classes = [torch.randperm(9, generator=generator)[: 1 + n % 3].tolist() for n in range(41)]
     expected = []
@@ -57,12 +57,15 @@ def test_pictures_against_a_slow_reference(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_names_of_labels_find_their_pictures_by_hand() -> None:
-    """Text 0 points at picture 0 (right), then 1 (wrong), then 2 (right): (1 + 2/3) / 2. Nobody carries label 1."""
+    """Text 0 sees the pictures 0 (right), 1 (wrong), 2 (right): (1 + 2/3) / 2. Text 2 sees 2 (wrong), 1 (right): 1/2.
+
+    Nobody carries label 1. Of five places there are only three.
+    """
     angles = torch.tensor([0.0, 30.0, 60.0]) * math.pi / 180
     image = torch.stack([angles.cos(), angles.sin()], dim=1)
     found = dict(label_retrieval.from_texts(image[[0, 1, 2]], image, [[0], [2], [0]]))
     assert found["text/queries"] == 2
-    assert found["text/mAP"] == pytest.approx((5 / 6 + 1) / 2)
+    assert found["text/mAP"] == pytest.approx((5 / 6 + 1 / 2) / 2)
     assert found["text/P@5"] == pytest.approx((2 / 5 + 1 / 5) / 2)
 
 
@@ -123,7 +126,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Thirty pictures with two labels and a column that says something else."""
     folder = tmp_path_factory.mktemp("shards") / "all"
     records = [
-        Record(picture(n), (f"word {n}",), "test", f"{n}", labels=(f"a {n % 4}", f"b {n % 3}"), extra={"kind": f"k{n % 2}"})
+        Record(
+            picture(n), (f"word {n}",), "test", f"{n}", labels=(f"a {n % 4}", f"b {n % 3}"), extra={"kind": f"k{n % 2}"}
+        )
         for n in range(30)
     ]
     write_shards(records, folder, WriteOptions(), kind="test", licences={}, progress=False)
