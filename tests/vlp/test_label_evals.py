@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipelines.errors import PipelineError
+from data_pipelines.errors import MissingField
 from data_pipelines.records import Record
 from data_pipelines.write import WriteOptions, write_shards
 from vlp import evals
@@ -70,7 +70,7 @@ def test_names_of_labels_find_their_pictures_by_hand() -> None:
 
 
 def test_without_partners_there_is_nothing_to_find() -> None:
-    with pytest.raises(PipelineError, match="no two pictures share a label"):
+    with pytest.raises(MissingField, match="no two pictures share a label"):
         dict(label_retrieval.among_pictures(rows_of(3), [[0], [1], [2]], 3, "x"))
 
 

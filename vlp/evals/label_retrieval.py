@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.config import StrictModel
-from data_pipelines.errors import PipelineError
+from data_pipelines.errors import MissingField
 from data_pipelines.shard_set import Train
 from vlp.evals._encode import Encoder, in_shares
 from vlp.evals._labels import Labels, Templates, firsts, label_sets, labelled
@@ -68,7 +68,7 @@ def among_pictures(image_ND: Tensor, classes: Rights, labels: int, data: Train |
     found_N4 = in_shares(len(image_ND), max(1, TILE // len(image_ND)), tile)
     answered_N = found_N4[:, -1] > 0
     if not answered_N.any():
-        raise PipelineError(f"{data}: no two pictures share a label")
+        raise MissingField(f"{data}: no two pictures share a label, which this task needs")
     yield from _means("image", found_N4[answered_N], len(image_ND) - 1)
 
 
