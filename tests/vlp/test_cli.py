@@ -13,7 +13,7 @@ from vlp.recipe import dump
 
 LEAVES = [
     ["data", "fetch"], ["shard"], ["train"], ["recipes"], ["recipes", "show"], ["recipes", "cp"], ["objectives"],
-    ["eval"], ["export"], ["runs", "ls"], ["runs", "compare"], ["profile"], ["embed"],
+    ["eval"], ["export"], ["claims", "ls"], ["claims", "run"], ["claims", "table"], ["claims", "data"], ["runs", "ls"], ["runs", "compare"], ["profile"], ["embed"],
     ["index", "build"], ["serve"], ["demo"], ["doctor"],
 ]  # fmt: skip
 
