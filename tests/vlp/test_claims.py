@@ -349,60 +349,6 @@ def test_the_method_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.Monk
         sys.modules.pop("vlp.objectives.mine", None)
 
 
-# -- data --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def emoji_shards() -> Path:
-    return data.prepared("claims-emoji", progress=False)
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    pq = pytest.importorskip("pyarrow.parquet")
-    return [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
-
-
-def test_splits_of_the_emoji_share_no_family_and_every_label_is_known(emoji_shards: Path) -> None:
-    splits = {split: rows_of(emoji_shards / split) for split in ("train", "val", "test")}
-    families = {split: {row["family"] for row in rows} for split, rows in splits.items()}
-    assert not families["train"] & families["test"]
-    assert not families["train"] & families["val"]
-    assert not families["val"] & families["test"]
-    known = set((emoji_shards / "labels.txt").read_text().splitlines())
-    for rows in splits.values():
-        assert all(row["labels"] and set(row["labels"]) <= known for row in rows)
-        assert {row["source"] for row in rows} == {"google", "google-2017", "twitter", "fluent"}
-    carried = {label for row in splits["train"] for label in row["labels"]}
-    assert carried == known
-    assert len(splits["test"]) > 800
-
-
-def test_mentions_hold_a_true_name_and_often_a_foreign_one(emoji_shards: Path) -> None:
-    names = {code: set(found) for code, found in json.loads((emoji_shards / "entities.json").read_text()).items()}
-    rows = rows_of(emoji_shards / "train")
-    assert all(any(name in row["mentions"] for name in names[row["concept"]]) for row in rows)
-    alone = sum(row["mentions"] in names[row["concept"]] for row in rows) / len(rows)
-    assert 0.35 < alone < 0.45
-
-
-def test_keep_lists_of_fashion_have_equal_length_and_a_long_tail() -> None:
-    folder = data.prepared("claims-fashion", progress=False)
-    label = {row["key"]: row["labels"][0] for row in rows_of(folder / "train")}
-    lists = {name: (folder / name).read_text().split() for name in ("longtail.txt", "balanced.txt")}
-    assert len(lists["longtail.txt"]) == len(lists["balanced.txt"]) == len(set(lists["balanced.txt"]))
-    counts = {
-        name: sorted(map([label[key] for key in keys].count, set(label.values()))) for name, keys in lists.items()
-    }
-    assert counts["longtail.txt"][-1] == data.LARGEST
-    assert counts["longtail.txt"][0] == data.LARGEST // data.RATIO
-    assert counts["balanced.txt"][-1] - counts["balanced.txt"][0] <= 1
-
-
-def test_an_unknown_data_set_is_named_with_those_that_are() -> None:
-    with pytest.raises(ConfigError, match="data set 'x' of the claims does not exist; there are claims-emoji"):
-        data.find("x")
-
-
 def test_base_recipes_read_no_test_split_for_training() -> None:
     names = [name for name in recipe_names() if name.startswith("claims/")]
     assert names

@@ -13,8 +13,8 @@ from vlp.recipe import dump
 
 LEAVES = [
     ["data", "fetch"], ["shard"], ["train"], ["recipes"], ["recipes", "show"], ["recipes", "cp"], ["objectives"],
-    ["eval"], ["export"], ["runs", "ls"], ["runs", "compare"], ["profile"], ["embed"],
-    ["curate", "cluster"], ["curate", "entity"],
+    ["eval"], ["export"], ["claims", "ls"], ["claims", "run"], ["claims", "table"], ["claims", "data"], ["runs", "ls"],
+    ["runs", "compare"], ["profile"], ["embed"], ["curate", "cluster"], ["curate", "entity"],
     ["index", "build"], ["serve"], ["demo"], ["doctor"],
 ]  # fmt: skip
 

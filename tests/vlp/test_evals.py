@@ -345,7 +345,7 @@ def test_all_tasks_at_once(trained: Path, shards: Path) -> None:
     done = vlp_eval(str(trained), "--data", str(shards / "test"), "--task", "all", "--set", "captions=1", "--json")
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
-    assert result["task"] == "geometry, retrieval, zero-shot", "knn and linear-probe need --train"
+    assert result["task"] == "geometry, label-alignment, label-retrieval, retrieval, zero-shot", "knn and linear-probe need --train"
     alone = evals.evaluate(load_bundle(trained), "retrieval", shards / "test", {"captions": 1})
     assert {key: value for key, value in result["metrics"].items() if key.startswith("retrieval/")} == {
         f"retrieval/{key}": value for key, value in alone.items()
@@ -358,8 +358,8 @@ def test_all_leaves_out_what_the_data_cannot_answer(trained: Path, tmp_path: Pat
     records = [Record(picture(n), (), "test", str(n), labels=(f"label {n % 2}",)) for n in range(4)]
     write_shards(records, tmp_path / "s", WriteOptions(), kind="test", licences={}, progress=False)
     done = vlp_eval(str(trained), "--data", str(tmp_path / "s"), "--task", "all", "--json")
-    assert json.loads(done.stdout)["task"] == "geometry, zero-shot"
-    assert "retrieval is left out" in done.stderr
+    assert json.loads(done.stdout)["task"] == "geometry, label-alignment, label-retrieval, zero-shot"
+    assert "\nretrieval is left out" in f"\n{done.stderr}"
 
 
 @pytest.mark.parametrize(
