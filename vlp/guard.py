@@ -48,7 +48,7 @@ class Guard:
             return "gradient_not_finite"
         if self.spike is not None and len(self._recent) >= ENOUGH:
             mean = sum(self._recent) / len(self._recent)
-            if loss > self.spike * mean and loss > mean + MARGIN:
+            if loss > mean + max((self.spike - 1) * abs(mean), MARGIN):  # some losses are below 0
                 return "loss_spike"
         return ""
 

@@ -174,6 +174,18 @@ def test_the_guard_by_hand() -> None:
     assert guard.check(9.9, 1.0) == ""
     assert (guard.refused, guard.in_a_row) == (1, 0)
     assert guard.check(2.0, math.inf) == "gradient_not_finite"
+
+
+def test_a_loss_below_0_is_no_spike() -> None:
+    """Mean of ten losses -2.0: as far above it as 10 is above 2, that is at 6."""
+    guard = Guard(5.0)
+    for _ in range(10):
+        guard.check(-2.0, 1.0)
+    assert guard.check(5.9, 1.0) == ""
+    guard = Guard(5.0)
+    for _ in range(10):
+        guard.check(-2.0, 1.0)
+    assert guard.check(6.1, 1.0) == "loss_spike"
     small = Guard(5.0)
     for _ in range(10):
         small.check(0.01, 1.0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import vlp.objectives
 from data_pipelines.batch import Batch
 from data_pipelines.config import StrictModel, explain
-from data_pipelines.errors import ConfigError
+from data_pipelines.errors import ConfigError, MissingField
 from vlp import distributed
 from vlp.distributed import Way, gather
 from vlp.objectives._kernel import Job, Judge, Pairs, Precision, Side, pairwise_sigmoid, two_way
@@ -203,6 +203,17 @@ def sigmoid_contrast(
     if way == "gather":
         image_BD, text_BD, labels = gather(image_BD), gather(text_BD), tuple(map(gather, labels))
     return pairwise_sigmoid(image_BD, text_BD, logit_scale, bias, labels, Job(way, precision, judge))
+
+
+def further(batch: Batch, field: Literal["views", "extra_tokens"], count: int, by: str) -> tuple[Tensor, ...]:
+    """The first `count` further views or texts of a batch. Raises MissingField naming the option that provides them."""
+    found: tuple[Tensor, ...] = getattr(batch, field) or ()
+    if len(found) < count:
+        option = "data.views" if field == "views" else "data.texts"
+        raise MissingField(
+            f"{by} needs {count} of the batch field {field!r}, this data has {len(found)}: set {option}={count + 1}"
+        )
+    return found[:count]
 
 
 def encode_pairs(model: Encoder, pixels_BCHW: Tensor, batch: Batch, mask: Mask, name: str) -> Features:
