@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from statistics import fmean, pstdev
 
 WINDOW = 50
 """Losses that a new one is compared with."""
@@ -16,7 +17,8 @@ class Guard:
     """Says which steps to refuse, and counts them. Every rank sees the same numbers and decides alike."""
 
     def __init__(self, spike: float | None) -> None:
-        """`spike`: the multiple of the mean loss that is too much; None looks at finiteness alone."""
+        """`spike`: the multiple of the mean loss that is too much, or of the deviation from it where that is larger;
+        None looks at finiteness alone."""
         self.spike = spike
         self.refused = 0
         """Refused steps in all."""
@@ -47,8 +49,9 @@ class Guard:
         if not math.isfinite(norm):
             return "gradient_not_finite"
         if self.spike is not None and len(self._recent) >= ENOUGH:
-            mean = sum(self._recent) / len(self._recent)
-            if loss > mean + max((self.spike - 1) * abs(mean), MARGIN):  # some losses are below 0
+            mean, spread = fmean(self._recent), pstdev(self._recent)
+            # where a loss may fall below 0 its mean says little about how far single ones lie from it
+            if loss > mean + max((self.spike - 1) * max(abs(mean), spread), MARGIN):
                 return "loss_spike"
         return ""
 

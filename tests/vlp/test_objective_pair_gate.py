@@ -127,7 +127,7 @@ def test_samples_without_a_class_take_no_part() -> None:
 
 
 @pytest.mark.parametrize("fuse", ["mean", "product"])
-def test_the_gate_is_symmetric_and_its_inspection_changes_nothing(fuse: Any) -> None:
+def test_the_gate_is_symmetric(fuse: Any) -> None:
     torch.manual_seed(0)
     gate = PairGate(4, 6, 8, 12, fuse)
     first, second = torch.tensor([0, 1, 2, 3, 0]), torch.tensor([1, 1, 0, 2, 3])
@@ -135,10 +135,6 @@ def test_the_gate_is_symmetric_and_its_inspection_changes_nothing(fuse: Any) -> 
     assert torch.allclose(found, gate(second, first))
     assert found.shape == (5, 6)
     assert bool(((found > 0) & (found < 1)).all())
-    before = {name: value.clone() for name, value in gate.state_dict().items()}
-    assert gate.of_classes().shape == (4, 6)
-    assert gate.training
-    assert all(torch.equal(value, before[name]) for name, value in gate.state_dict().items())
 
 
 def test_the_scale_stays_within_its_bounds_and_updates_are_counted() -> None:

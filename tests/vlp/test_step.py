@@ -177,15 +177,13 @@ def test_the_guard_by_hand() -> None:
 
 
 def test_a_loss_below_0_is_no_spike() -> None:
-    """Mean of ten losses -2.0: as far above it as 10 is above 2, that is at 6."""
-    guard = Guard(5.0)
-    for _ in range(10):
-        guard.check(-2.0, 1.0)
-    assert guard.check(5.9, 1.0) == ""
-    guard = Guard(5.0)
-    for _ in range(10):
-        guard.check(-2.0, 1.0)
-    assert guard.check(6.1, 1.0) == "loss_spike"
+    """Mean of ten losses -2.0: as far above it as 10 is above 2, so at 6. Losses of -1 and 1: deviation 1, so at 4."""
+    for losses, limit in (([-2.0], 6.0), ([-1.0, 1.0], 4.0)):
+        for loss, reason in ((limit - 0.1, ""), (limit + 0.1, "loss_spike")):
+            guard = Guard(5.0)
+            for recent in losses * 10:
+                guard.check(recent, 1.0)
+            assert guard.check(loss, 1.0) == reason
     small = Guard(5.0)
     for _ in range(10):
         small.check(0.01, 1.0)

@@ -17,7 +17,8 @@ Fuse = Literal["mean", "product"]
 
 
 class PairGate(nn.Module):
-    """Holds a vector for every class and the MLP. In training, batch norms take the statistics of the pairs given."""
+    """Holds a vector for every class and the MLP. In training, batch norms take the statistics of the pairs given; in
+    eval mode, to look at gates, those of all training."""
 
     def __init__(self, classes: int, dim: int, width: int = 512, hidden: int = 1024, fuse: Fuse = "mean") -> None:
         """`dim`: D. `width`: of the class vectors. `hidden`: of the MLP."""
@@ -42,16 +43,3 @@ class PairGate(nn.Module):
         both: Tensor = self.mlp(torch.cat(vectors)).sigmoid()
         first_ND, second_ND = both.chunk(2)
         return first_ND * second_ND
-
-    @torch.no_grad()
-    def of_classes(self) -> Tensor:
-        """CD: the gate of every class with itself, by running statistics; for a look at what classes share."""
-        training, classes_C = (
-            self.training,
-            torch.arange(self.embedding.num_embeddings, device=self.embedding.weight.device),
-        )
-        try:
-            found: Tensor = self.eval()(classes_C, classes_C)
-            return found
-        finally:
-            self.train(training)
