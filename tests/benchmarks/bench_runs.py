@@ -14,13 +14,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench_kit import ROOT, Row, compare, missing, take_turns, wall
+from bench_kit import RESULTS, ROOT, Row, compare, missing, take_turns, wall
 from bench_loader import PEER_PACKAGES
 from safetensors.torch import save_file
 
 from data_pipelines.files import cache_dir
 from vlp.bundle import WEIGHTS, save_bundle
 from vlp.checkpoint import load_latest
+from vlp.curves import compare_curves
 from vlp.models import locking
 from vlp.models.weights import read_file
 from vlp.recipe import Recipe, dump, load_recipe, validate
@@ -41,6 +42,8 @@ ensure_torchvision()
 from open_clip_train.main import main
 main(sys.argv[1:])
 """
+FOUND = "R@1"
+Curve = list[dict[str, Any]]
 LINE = re.compile(r"(\S+,\S+) \| INFO \| Train Epoch: \d+ \[ *([\d,]+)/.*Contrastive_loss: ([\d.]+)")
 
 
@@ -198,6 +201,18 @@ def starter_shards() -> Path:
     return out
 
 
+def recall_on_its_ground(model: Path, shards: Path) -> float:
+    """Image-to-text R@1 of a peer's model on pictures over white or black, whichever suits it better: its loader drops
+    the alpha channel, after which most transparent pixels are black, where ours composes on white."""
+    config = json.loads((model / "open_clip_config.json").read_text())
+    found = []
+    for ground in (255, 0):
+        config["preprocess_cfg"]["fill_color"] = ground
+        (model / "open_clip_config.json").write_text(json.dumps(config))
+        found.append(recall(model, shards))
+    return max(found)
+
+
 def recall(bundle: Path, shards: Path) -> float:
     """Image-to-text R@1 by `vlp eval`."""
     command = [sys.executable, "-m", "vlp", "eval", str(bundle), "--data", str(shards / "unseen_vendor"), "--json"]
@@ -205,31 +220,60 @@ def recall(bundle: Path, shards: Path) -> float:
     return float(json.loads(done.stdout.splitlines()[-1])["metrics"]["image_to_text/R@1"])
 
 
-def starter_rows(seconds: float, seeds: int) -> list[Row]:
-    """Starter data, same model, equal wall time: share of the seeds in which ours finds more on the unseen vendor."""
+def curve(log: str) -> list[dict[str, float]]:
+    """Step, seconds since the first one, and loss of a peer's run, from its log."""
+    lines = log_lines(log)
+    return [
+        {"step": step, "seconds": (when - lines[0][0]).total_seconds(), "loss": loss}
+        for step, (when, loss) in enumerate(lines, 1)
+    ]
+
+
+def starter_pair(shards: Path, folder: Path, seconds: float, seed: int) -> dict[str, tuple[Curve, Curve]]:
+    """Ours, and the peer for about as long: the curve of the loss, and R@1 on the unseen vendor at the end."""
+    recipe = load_recipe("starter/clip", [
+        f"data.train={shards}/train", "evals=[]", f"run.steps={round(10 * seconds)}", f"run.seed={seed}",
+    ])  # fmt: skip
+    train(recipe, folder / "ours")
+    spent = json.loads((folder / "ours/summary.json").read_text())["train_seconds"]
+    one = recipe.model_copy(update={"run": recipe.run.model_copy(update={"processes": 1})})
+    model = peer_model(one, folder)
+    pilot = curve(peer_train(recipe, model, folder / "peer", 128 * 25, seed=seed))
+    epochs = max(1, round(spent / max(1.0, pilot[-1]["seconds"])))
+    theirs = curve(peer_train(recipe, model, folder / "peer", 128 * 25, epochs, seed))
+    weights = read_file(folder / f"peer/run/checkpoints/epoch_{epochs}.pt")
+    (model / "bundle.json").unlink()
+    save_file({key: value.contiguous() for key, value in weights.items()}, model / WEIGHTS)
+    ours = [*RunLog(folder / "ours").rows("metrics.jsonl")]
+    sides = {
+        "ours": (ours, spent, recall(folder / "ours", shards)),
+        "open_clip": (theirs, theirs[-1]["seconds"], recall_on_its_ground(model, shards)),
+    }
+    return {
+        f"{name}, seed {seed}": (rows, [{"step": rows[-1]["step"], "seconds": used, FOUND: found}])
+        for name, (rows, used, found) in sides.items()
+    }
+
+
+def starter_rows(seconds: float, seeds: int, picture: Path = RESULTS / "starter.png") -> list[Row]:
+    """Starter data, same model, equal wall time: share of the seeds in which ours finds more on the unseen vendor.
+
+    Draws the curves of both sides into `picture`.
+    """
     goal = ">= 1"
     if not PEER_PACKAGES.exists():
         return [missing("starter", PEER, goal, "the peer's webdataset is not installed: make bench-train does it")]
-    shards, pairs = starter_shards(), []
+    shards, curves, words, ahead = starter_shards(), dict[str, tuple[Curve, Curve]](), list[str](), 0
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
         for seed in range(seeds):
-            recipe = load_recipe("starter/clip", [
-                f"data.train={shards}/train", "evals=[]", f"run.steps={round(10 * seconds)}", f"run.seed={seed}",
-            ])  # fmt: skip
-            train(recipe, folder / "ours")
-            spent = json.loads((folder / "ours/summary.json").read_text())["train_seconds"]
-            one = recipe.model_copy(update={"run": recipe.run.model_copy(update={"processes": 1})})
-            model = peer_model(one, folder)
-            lines = log_lines(peer_train(recipe, model, folder / "peer", 128 * 25, seed=seed))
-            epochs = max(1, round(spent / max(1.0, (lines[-1][0] - lines[0][0]).total_seconds())))
-            lines = log_lines(peer_train(recipe, model, folder / "peer", 128 * 25, epochs, seed))
-            used = (lines[-1][0] - lines[0][0]).total_seconds()
-            weights = read_file(folder / f"peer/run/checkpoints/epoch_{epochs}.pt")
-            (model / "bundle.json").unlink()
-            save_file({key: value.contiguous() for key, value in weights.items()}, model / WEIGHTS)
-            pairs.append((recall(folder / "ours", shards), recall(model, shards), spent, used))
-    ahead = sum(ours > peer for ours, peer, *_ in pairs) / len(pairs)
-    words = "; ".join(f"{100 * a:.1f} in {s:.0f} s against {100 * b:.1f} in {t:.0f} s" for a, b, s, t in pairs)
-    row = Row("starter", *PEER, ahead, ahead, ahead, goal, ahead >= 1, True, f"R@1 on the unseen vendor in %: {words}")
-    return [row]
+            pair = starter_pair(shards, Path(scratch), seconds, seed)
+            (ours,), (theirs,) = (ends for _, ends in pair.values())
+            ahead += ours[FOUND] > theirs[FOUND]
+            words.append(
+                " against ".join(f"{100 * end[FOUND]:.1f} in {end['seconds']:.0f} s" for end in (ours, theirs))
+            )
+            curves |= pair
+    compare_curves(curves, [FOUND]).savefig(picture, dpi=80)
+    share = ahead / seeds
+    note = f"R@1 on the unseen vendor in %: {'; '.join(words)}; curves: {picture.name}"
+    return [Row("starter", *PEER, share, share, share, goal, share >= 1, True, note)]

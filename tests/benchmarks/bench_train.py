@@ -8,6 +8,7 @@ import click
 from bench_data import SMALL, shards_of
 from bench_kit import Row, measure
 from bench_loss import loss_rows
+from bench_objectives import objective_rows
 from bench_runs import overhead_row, ranks_row, speed_row, starter_rows
 from bench_step import step_rows
 
@@ -35,6 +36,7 @@ def rows_of(sizes: Sizes) -> dict[str, Callable[[], list[Row]]]:
     return {
         "step": step,
         "loss": lambda: loss_rows(rounds=sizes.rounds),
+        "objectives": lambda: objective_rows(rounds=sizes.rounds),
         "speed": lambda: [speed_row(shards_of(SMALL, sizes.photos), sizes.rounds)],
         "starter": lambda: starter_rows(sizes.seconds, sizes.seeds),
         "checkpoints": lambda: [overhead_row(shards_of(SMALL, sizes.photos), sizes.rounds)],

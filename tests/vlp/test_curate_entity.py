@@ -18,7 +18,7 @@ from data_pipelines.sidecar import CLUSTERS, load_sidecar
 from data_pipelines.tokens import learn_tokenizer
 from vlp.cli import cli
 from vlp.curate import entity as curation
-from vlp.curate.entity import Options, Pairs, agreement, disambiguate, label_entities, select, survival
+from vlp.curate.entity import Options, Pairs, agreement, disambiguate, label_entities, select, survival, texts_of
 from vlp.curate.gazetteer import Entity, make_gazetteer, mine, one_slip, read_entities, words
 from vlp.curate.pictures import Pictures
 from vlp.testing import micro_bundle
@@ -147,7 +147,11 @@ def test_labels_lie_beside_the_shards_by_key(tmp_path: Path, monkeypatch: pytest
     assert (ids.clusters, ids.info["kind"]) == (2, "entity")
     assert len(pq.read_table(result["entities_table"])) == 2
     with pytest.raises(PipelineError, match="no entity is left on 2 pictures"):
-        label_entities(pictures, micro_bundle(), tmp_path / "e.parquet", Options(options.entities, 0.5, least=2))
+        label_entities(pictures, micro_bundle(), tmp_path / "e.parquet", Options(options.entities, share=0.5, least=2))
+    with pytest.raises(ConfigError, match="--texts kind: the shards have no such column"):
+        list(texts_of(pictures, "kind"))
+    assert list(texts_of(pictures, "labels")) == [["Cats"], ["hound"], ["tree"], ["tree"], []]
+    assert list(texts_of(pictures))[1:3] == [captions[1], captions[2]]
     with pytest.raises(ConfigError, match="--truth kind: the shards have no such column"):
         agreement(pictures, pairs_of((0, 0, 1.0)), pairs_of((0, 0, 1.0)), PLACES, "kind")
 

@@ -38,7 +38,9 @@ class DataSet:
 
 def _emoji_files(folder: Path) -> Mapping[str, str]:
     concepts = all_emoji.load_concepts(all_emoji.Config())
-    names = {concept.code: list(dict.fromkeys((concept.name, *concept.short_names))) for concept in concepts}
+    names: dict[str, list[str]] = {}  # of those that share a name, the aliases of all
+    for concept in concepts:
+        names.setdefault(concept.name, []).extend(concept.short_names)
     return {
         "labels.txt": "".join(f"{label}\n" for label in emoji.frequent_labels(concepts)),
         "entities.json": json.dumps(names, indent=0, ensure_ascii=False) + "\n",

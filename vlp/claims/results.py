@@ -169,13 +169,15 @@ def zoo(rows: Sequence[Row]) -> dict[str, Row]:
     for name in objectives.names():
         module = importlib.import_module(f"vlp.objectives.{name}")
         title, paper = title_and_paper(str(module.__doc__))
+        users = [recipe for recipe, used in recipes.items() if used == name]
+        namesakes = [recipe for recipe in users if recipe.endswith(f"/{name}")]
         found[name] = {
             "title": title,
             "paper": paper,
             "needs": list(module.NEEDS),
             "coupling": module.COUPLING,
             "options": {key: item.default for key, item in module.Config.model_fields.items()},
-            "recipe": next((recipe for recipe, used in recipes.items() if used == name), None),
+            "recipe": next(iter(namesakes + users), None),
             "claims": {claim: verdict(claim, rows) for claim, about in claims.items() if about == name},
         }
     return found

@@ -99,7 +99,8 @@ def cluster(
 
 names.json holds {name: [aliases]} or {name: {"aliases": [...], "description": "..."}}; a text file a name per line."""
 )
-@click.option("--entities", type=FOLDER, help="Names and aliases; default: frequent phrases of the captions.")
+@click.option("--entities", type=FOLDER, help="Names and aliases; default: frequent phrases of the texts.")
+@click.option("--texts", help="Column that holds the texts; default: the captions.")
 @click.option("--share", default=0.75, show_default=True, help="Share of the pairs of picture and entity to keep.")
 @click.option("--threshold", type=float, help="Keep pairs from this cosine on, in place of --share.")
 @click.option("--min-count", default=5, show_default=True, help="Pictures that an entity needs to stay.")
@@ -115,6 +116,7 @@ def entity(
     device: str,
     as_json: bool,
     entities: Path | None,
+    texts: str | None,
     share: float,
     threshold: float | None,
     min_count: int,
@@ -122,13 +124,13 @@ def entity(
     fuzzy: bool,
     truth: str | None,
 ) -> None:
-    """Label pictures with entities of their captions that BUNDLE sees in them.
+    """Label pictures with entities of their texts that BUNDLE sees in them.
 
     `data.clusters` of a recipe takes the file for the batch field `cluster_ids`, `data.labels.sidecar` for labels.
     """
     from vlp.curate import entity as curation
 
-    options = curation.Options(entities, share, threshold, min_count, prompt, fuzzy, truth)
+    options = curation.Options(entities, texts, share, threshold, min_count, prompt, fuzzy, truth)
     options.check()
     model, pictures = _embed(bundle, data, embeddings, device)
     with progress("linking", len(pictures), unit="pictures") as advance:

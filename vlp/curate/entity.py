@@ -38,7 +38,9 @@ class Options:
     """How to find and select."""
 
     entities: Path | None = None
-    """Names and aliases; default: phrases mined from the captions."""
+    """Names and aliases; default: phrases mined from the texts."""
+    texts: str | None = None
+    """Column with the texts; default: the captions."""
     share: float = 0.75
     """Share of the pairs that are kept, those of the highest scores."""
     threshold: float | None = None
@@ -86,9 +88,10 @@ def label_entities(
     options.check()
     gazetteer = _gazetteer(pictures, options)
     entity_ED = encode_texts(bundle, [options.prompt.replace("{}", item.text) for item in gazetteer.entities])
-    raw = find_pairs(pictures, gazetteer, entity_ED, bundle, advance)
+    texts = texts_of(pictures, options.texts)
+    raw = find_pairs(pictures, texts, gazetteer, entity_ED, bundle, advance)
     if not len(raw.picture_P):
-        raise PipelineError(f"not one of {len(gazetteer.entities)} entities occurs in a caption")
+        raise PipelineError(f"not one of {len(gazetteer.entities)} entities occurs in the texts")
     kept = select(raw, options)
     numbers_E = _numbers(kept, gazetteer.entities, options.least)
     kept = kept.take(numbers_E[kept.entity_P] >= 0)
@@ -120,31 +123,45 @@ def label_entities(
 def _gazetteer(pictures: Pictures, options: Options) -> Gazetteer:
     if options.entities is not None:
         return make_gazetteer(read_entities(options.entities), options.fuzzy)
-    found = mine((text for texts in captions_of(pictures) for text in texts), options.least)
+    found = mine((text for texts in texts_of(pictures, options.texts) for text in texts), options.least)
     if not found:
-        raise PipelineError(f"no phrase occurs in {options.least} captions: lower --min-count, or give --entities")
+        raise PipelineError(f"no phrase occurs in {options.least} texts: lower --min-count, or give --entities")
     return make_gazetteer(found, options.fuzzy)
 
 
-def captions_of(pictures: Pictures) -> Iterator[list[str]]:
-    """All captions of every picture."""
+def texts_of(pictures: Pictures, column: str | None = None) -> Iterator[list[str]]:
+    """The texts of every picture: those of a column, or all its captions. Raises ConfigError for a missing column."""
+    for values in _column(pictures, column, "--texts") if column else _captions(pictures):
+        yield [str(text) for text in (values if isinstance(values, list) else [values]) if text]
+
+
+def _captions(pictures: Pictures) -> Iterator[Any]:
     for _, path in pictures.parts:
         several = "captions" in pq.read_schema(path).names
         table = pq.read_table(path, columns=["caption", "captions"] if several else ["caption"])
-        for row in table.to_pylist():
-            found = row.get("captions")
-            yield [text for text in (found if isinstance(found, list) else [row["caption"]]) if text]
+        yield from (row.get("captions") or row["caption"] for row in table.to_pylist())
+
+
+def _column(pictures: Pictures, name: str, option: str) -> Iterator[Any]:
+    for _, path in pictures.parts:
+        if name not in (known := pq.read_schema(path).names):
+            raise ConfigError(f"{option} {name}: the shards have no such column; they have {', '.join(known)}")
+        yield from pq.read_table(path, columns=[name]).column(0).to_pylist()
 
 
 def find_pairs(
-    pictures: Pictures, gazetteer: Gazetteer, entity_ED: Tensor, bundle: Bundle, advance: Advance = lambda step: None
+    pictures: Pictures,
+    texts: Iterator[list[str]],
+    gazetteer: Gazetteer,
+    entity_ED: Tensor,
+    bundle: Bundle,
+    advance: Advance = lambda step: None,
 ) -> Pairs:
-    """Every entity of every picture's captions once; the score is the cosine of picture and entity text."""
+    """Every entity of every picture's texts once; the score is the cosine of picture and entity text."""
     found = [Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
-    captions = captions_of(pictures)
     first = 0
     for rows_BD in pictures.blocks():
-        linked = [_link(next(captions), gazetteer, entity_ED, bundle) for _ in rows_BD]
+        linked = [_link(next(texts), gazetteer, entity_ED, bundle) for _ in rows_BD]
         counts = [len(some) for some in linked]
         entity_P = np.array([number for some in linked for number in some], dtype=np.int64)
         row_P = np.repeat(np.arange(len(linked)), counts)
@@ -156,12 +173,12 @@ def find_pairs(
     return Pairs(*(np.concatenate(column) for column in columns))
 
 
-def _link(captions: list[str], gazetteer: Gazetteer, entity_ED: Tensor, bundle: Bundle) -> list[int]:
+def _link(texts: list[str], gazetteer: Gazetteer, entity_ED: Tensor, bundle: Bundle) -> list[int]:
     """Entities of one picture, each once."""
-    mentions = list(dict.fromkeys(meant for text in captions for meant in gazetteer.find(text)))
+    mentions = list(dict.fromkeys(meant for text in texts for meant in gazetteer.find(text)))
     if all(len(meant) == 1 for meant in mentions):
         return list(dict.fromkeys(meant[0] for meant in mentions))
-    context_D = encode_texts(bundle, captions[:1])[0] if len(mentions) == 1 else None
+    context_D = encode_texts(bundle, texts[:1])[0] if len(mentions) == 1 else None
     return list(dict.fromkeys(disambiguate(mentions, entity_ED, context_D)))
 
 
@@ -205,7 +222,7 @@ def _numbers(kept: Pairs, entities: Sequence[Entity], least: int) -> Ids:
 
 
 def _settings(options: Options) -> dict[str, Any]:
-    names = ("share", "threshold", "least", "prompt", "fuzzy")
+    names = ("texts", "share", "threshold", "least", "prompt", "fuzzy")
     return {"kind": "entity", **{name: getattr(options, name) for name in names}}
 
 
@@ -255,13 +272,10 @@ def agreement(pictures: Pictures, raw: Pairs, kept: Pairs, entities: Sequence[En
     A pair is right where the entity's name or an alias is among the labels; pictures without labels do not count.
     """
     names = [{" ".join(words(text)) for text in (item.name, *item.aliases)} for item in entities]
-    truth: list[set[str]] = []
-    for _, path in pictures.parts:
-        if column not in (known := pq.read_schema(path).names):
-            raise ConfigError(f"--truth {column}: the shards have no such column; they have {', '.join(known)}")
-        found = pq.read_table(path, columns=[column]).column(0).to_pylist()
-        rows = (value if isinstance(value, list) else [value] if value else [] for value in found)
-        truth += [{" ".join(words(str(text))) for text in row} for row in rows]
+    rows = (
+        value if isinstance(value, list) else [value] if value else [] for value in _column(pictures, column, "--truth")
+    )
+    truth = [{" ".join(words(str(text))) for text in row} for row in rows]
 
     def count(pairs: Pairs) -> tuple[int, int]:
         judged = [
