@@ -33,7 +33,10 @@ STOP_WORDS = frozenset(
 
 
 class EdaConfig(StrictModel):
-    """Easy data augmentation of texts (Wei and Zou 2019, arXiv 1901.11196), without the synonyms: no word list."""
+    """Easy data augmentation of texts (Wei and Zou 2019, arXiv 1901.11196), without the synonyms: no word list.
+
+    As there, a text undergoes one kind of change, drawn from those below that are not 0.
+    """
 
     first: float = Field(0.0, ge=0, le=1)
     """Probability that the text itself is changed."""
@@ -117,23 +120,29 @@ def without_stop_words(text: str) -> str:
 
 
 def eda(text: str, config: EdaConfig, generator: np.random.Generator) -> str:
-    """A text with words swapped, deleted and repeated elsewhere."""
+    """A text with words swapped, or deleted, or repeated elsewhere."""
     words = text.split()
-    if len(words) < 2:
+    kinds = [kind for kind in ("swap", "insert", "delete") if getattr(config, kind)]
+    if len(words) < 2 or not kinds:
         return text
-    for _ in range(_count(config.swap, len(words))):
-        a, b = generator.choice(len(words), 2, replace=False)
-        words[a], words[b] = words[b], words[a]
-    for word in generator.choice(words, _count(config.insert, len(words))).tolist():
-        words.insert(int(generator.integers(len(words) + 1)), word)
-    stay = generator.random(len(words)) >= config.delete
-    stay[generator.integers(len(words))] = True
-    return " ".join(word for word, there in zip(words, stay, strict=True) if there)
+    kind = kinds[int(generator.integers(len(kinds)))]
+    if kind == "swap":
+        for _ in range(_count(config.swap, len(words))):
+            a, b = generator.choice(len(words), 2, replace=False)
+            words[a], words[b] = words[b], words[a]
+    elif kind == "insert":
+        for word in generator.choice(words, _count(config.insert, len(words))).tolist():
+            words.insert(int(generator.integers(len(words) + 1)), word)
+    else:
+        stay = generator.random(len(words)) >= config.delete
+        stay[generator.integers(len(words))] = True
+        words = [word for word, there in zip(words, stay, strict=True) if there]
+    return " ".join(words)
 
 
 def _count(share: float, words: int) -> int:
     """Words that a share of them makes: at least one, as in the paper."""
-    return max(1, round(share * words)) if share else 0
+    return max(1, round(share * words))
 
 
 def compose(phrases: tuple[str, ...], config: CaptionConfig) -> str:

@@ -45,6 +45,11 @@ class LabelConfig(StrictModel):
         return numbers
 
     @cached_property
+    def known(self) -> frozenset[int]:
+        """All class numbers."""
+        return frozenset(self.numbers.values())
+
+    @cached_property
     def table(self) -> Sidecar | None:
         """Labels by key. Raises ConfigError."""
         return load_sidecar(self.sidecar, self.column) if self.sidecar else None
@@ -78,8 +83,7 @@ def known_numbers(value: Any, config: LabelConfig) -> list[int]:
     """Class numbers of a name, a number or a list of them, as far as they are known."""
     values = value if isinstance(value, list | tuple) else [value]
     numbers = config.numbers
-    known = set(numbers.values())
-    found = [item if isinstance(item, int) and item in known else numbers.get(str(item), -1) for item in values]
+    found = [item if isinstance(item, int) and item in config.known else numbers.get(str(item), -1) for item in values]
     return [number for number in found if number >= 0]
 
 

@@ -94,6 +94,8 @@ def _claim(out: Path, info: EmbedInfo) -> None:
     there = read_embed_info(out)
     if there is not None and there != info:
         different = [name for name in EmbedInfo.model_fields if getattr(there, name) != getattr(info, name)]
+        if different == ["model"] and info.weights_sha256:
+            return  # the same model from another folder
         raise PipelineError(
             f"{out}: holds embeddings made with another {', '.join(different)}: use another --out, or --overwrite"
         )

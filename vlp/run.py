@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from data_pipelines.errors import ConfigError
 from data_pipelines.ledger import Ledger
 from data_pipelines.loader import Loader, make_loader, open_set
+from data_pipelines.reader import Sample
 from data_pipelines.stream import stored
 from data_pipelines.tokens import Tokenizer, TokenizerConfig, clip_tokenizer, learn_tokenizer
 from vlp import __version__, distributed
@@ -65,6 +67,11 @@ class Run:
         return self.log.folder
 
 
+def _in(sample: Sample, columns: Iterable[str]) -> list[str]:
+    """Texts of a sample in columns of its json member."""
+    return [value for name in columns if isinstance(value := sample.columns.get(name), str)]
+
+
 def make_tokenizer(recipe: Recipe) -> Tokenizer:
     """The tokenizer a recipe asks for; `learn` reads all training texts."""
     choice = recipe.tokenizer
@@ -72,7 +79,8 @@ def make_tokenizer(recipe: Recipe) -> Tokenizer:
         return clip_tokenizer(choice.context_length)
     if choice.kind == "learn":
         samples = stored(open_set(recipe.data), Ledger(recipe.data.max_bad_share))
-        texts = (text for _, sample in samples for text in (*sample.captions, *sample.labels))
+        columns = recipe.data.captions.columns
+        texts = (text for _, sample in samples for text in (*sample.captions, *sample.labels, *_in(sample, columns)))
         table = recipe.data.labels.table if recipe.data.labels else None
         return learn_tokenizer(chain(texts, table.texts if table else ()), choice.vocab_size, choice.context_length)
     if choice.kind == "weights":

@@ -36,9 +36,7 @@ def test_splits_of_the_emoji_share_no_family_and_every_label_is_known(emoji_shar
 
 
 def test_mentions_hold_a_true_name_and_often_a_foreign_one(emoji_shards: Path) -> None:
-    aliases = {
-        name: {name, *found} for name, found in json.loads((emoji_shards / "entities.json").read_text()).items()
-    }
+    aliases = {name: {name, *found} for name, found in json.loads((emoji_shards / "entities.json").read_text()).items()}
     rows = rows_of(emoji_shards / "train")
     assert all(any(name in row["mentions"] for name in aliases[row["caption"]]) for row in rows)
     alone = sum(row["mentions"] in aliases[row["caption"]] for row in rows) / len(rows)

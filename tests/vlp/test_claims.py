@@ -285,7 +285,10 @@ def test_a_failed_claim_stays_and_a_changed_one_must_be_run_again(tmp_path: Path
     assert results.verdict("clip", rows) == "fails"
     assert "**no**" in results.claims_table(rows)
     assert "`clip`: fails" in results.zoo_table(rows)
-    assert results.verdict("clip", [{**rows[0], "note": "something else"}]) == "not run yet"
+    assert results.verdict("clip", [{**rows[0], "claim": "another"}]) == "not run yet"
+    other = claim.model_copy(update={"arms": {**claim.arms, "masked": ("objective.mask=captions",)}})
+    assert results.is_of(rows[0], claim)
+    assert not results.is_of(rows[0], other), "an arm with other options is another claim"
     results.keep({**rows[0], "met": True}, path)
     assert [results.verdict("clip", [row]) for row in results.read_rows(path)] == ["holds"]
 

@@ -15,7 +15,7 @@ from data_pipelines.preprocess import ImageConfig, normalise
 from data_pipelines.tokens import learn_tokenizer
 from vlp.bundle import Bundle, save_bundle
 from vlp.models import instantiate
-from vlp.objectives import distill
+from vlp.objectives import base, distill
 from vlp.objectives.base import Dims, Features
 from vlp.testing import MICRO, WORDS, attached, full_batch, micro_bundle, network_input
 from vlp.torchvision_guard import ensure_torchvision
@@ -165,7 +165,10 @@ def test_frozen_trunks_are_refused() -> None:
 
 
 def test_without_weight_no_teacher_is_loaded() -> None:
-    objective = distill.build(distill.Config(teacher="nowhere", weight=0), Dims(16, 2.0))
+    with pytest.raises(ConfigError, match=r"objective\.teacher='nowhere' has no effect with objective\.weight=0"):
+        base.load({"name": "distill", "teacher": "nowhere", "weight": 0})
+    objective = distill.build(distill.Config(weight=0), Dims(16, 2.0))
     objective.attach(instantiate(MICRO))
+    assert not objective._teacher
     output = objective(Features(torch.eye(2), torch.eye(2)), torch.tensor(2.0))
     assert output.loss.item() == pytest.approx(0.126928, abs=1e-6)

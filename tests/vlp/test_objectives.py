@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -93,6 +94,25 @@ def test_bfloat16_features_give_nearly_the_same_loss(name: str) -> None:
     found = objective(low, torch.tensor(10.0)).loss
     assert found.item() == pytest.approx(expected.item(), rel=0.03)
     assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_in_bfloat16_can_be_trained(name: str) -> None:
+    """As under run.precision=bf16: the model's weights are rounded, the objective's are not."""
+    module, config = base.load({"name": name, **MICRO_OPTIONS.get(name, {})})
+    torch.manual_seed(0)
+    model = micro_model(name).bfloat16()
+    objective = attached(module.build(config, DIMS), model)
+    pixels, batch = network_input(full_batch())
+    batch = replace(batch, views=tuple(view.bfloat16() for view in batch.views or ()))
+    loss = objective(objective.encode(model, pixels.bfloat16(), batch), torch.tensor(10.0)).loss
+    assert loss.dtype == torch.float32
+    loss.backward()
+    touched = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert touched
+    assert all(gradient.isfinite().all() for gradient in touched)
+    if hasattr(objective, "after_step"):
+        objective.after_step(model)
 
 
 @pytest.mark.parametrize("name", NAMES)

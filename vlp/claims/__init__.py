@@ -41,7 +41,7 @@ class Claim(StrictModel):
     """Name -> a command without its `vlp`, run once per seed before the arms that name it as `{name}`. It writes what
     it likes into its folder, `{name}`, and the numbers of its --json object may be used as values."""
     values: dict[str, tuple[str, str]]
-    """Name -> (arm, metric as in evals.jsonl, or train/PART for PART of the last line of metrics.jsonl); or (step,
+    """Name -> (arm, metric as in evals.jsonl, or train/PART, the mean over the last lines of metrics.jsonl); or (step,
     number)."""
     checks: tuple[str, ...]
     """Arithmetic with one comparison over the means of the values, such as `a - b >= 0.03`; all must hold."""

@@ -4,6 +4,7 @@ Allowed: numbers, names of values, + - * / and brackets, min, max, abs, and < <=
 """
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Mapping
 
@@ -21,7 +22,14 @@ COMPARISONS: dict[type[ast.cmpop], Callable[[float, float], bool]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
-FUNCTIONS: dict[str, Callable[..., float]] = {"min": min, "max": max, "abs": abs}
+
+
+def _spoilt(pick: Callable[..., float]) -> Callable[..., float]:
+    """The same where every value is a number, NaN where one is not."""
+    return lambda *values: math.nan if any(map(math.isnan, values)) else pick(values)
+
+
+FUNCTIONS: dict[str, Callable[..., float]] = {"min": _spoilt(min), "max": _spoilt(max), "abs": abs}
 ALLOWED = "numbers, names of values, + - * /, min, max, abs, and one of < <= > >="
 
 

@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -36,6 +37,8 @@ from vlp.recipe import load_recipe, validate
 
 DONE = "done.json"
 """What a finished run leaves: its numbers, and the seconds of one core that it took."""
+LAST = 5
+"""Lines of metrics.jsonl that the values of training are the mean of."""
 KEPT_DAYS = 14
 """Runs untouched for so long are removed when a claim is run."""
 
@@ -129,13 +132,15 @@ def runs_folder() -> Path:
 
 @cache
 def code_digest() -> str:
-    """sha256 over all modules and model configs that training, evaluation and data consist of; commands left out."""
+    """sha256 over all modules and model configs that training, evaluation, curation and data consist of."""
     digest = hashlib.sha256()
     for package in (data_pipelines, vlp):
         root = Path(package.__file__ or "").parent
         for path in sorted((*root.rglob("*.py"), *root.rglob("*.json"))):
-            if "commands" not in path.parts and path.parent.name != "claims":
-                digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+            name = path.relative_to(root).as_posix()
+            if name.startswith(("commands/", "claims/")) and name != "commands/curate.py":  # which is a step of claims
+                continue
+            digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -222,8 +227,8 @@ def _train(folder: Path, settings: Mapping[str, Any]) -> dict[str, float]:
     resume = (folder / "checkpoints").exists()
     summary = train(validate(settings), folder, resume=resume, show=False)
     shutil.rmtree(folder / "checkpoints")  # the bundle holds the weights
-    last = RunLog(folder).rows("metrics.jsonl")[-1]
-    numbers = {f"train/{key}": float(value) for key, value in last.items()}
+    last = RunLog(folder).rows("metrics.jsonl")[-LAST:]
+    numbers = {f"train/{key}": statistics.fmean(float(row[key]) for row in last if key in row) for key in last[-1]}
     return numbers | {key: float(value) for key, value in summary["metrics"].items()}
 
 

@@ -1,5 +1,6 @@
 """Outcomes of claims: means, spread and verdict; the file they are kept in, and the tables made of it."""
 
+import hashlib
 import importlib
 import json
 import math
@@ -14,7 +15,7 @@ from typing import Any
 import vlp
 from data_pipelines.errors import ConfigError
 from data_pipelines.files import cache_dir, write_atomic
-from vlp.claims import Claim, checks, claim_names, load_claim
+from vlp.claims import PLACE, Claim, checks, claim_names, load_claim
 from vlp.objectives import base as objectives
 from vlp.recipe import load_recipe, recipe_names
 from vlp.runlog import now, revision
@@ -41,6 +42,7 @@ def outcome(name: str, claim: Claim, found: Mapping[tuple[str, int], Mapping[str
         "note": claim.statement,
         "paper": claim.paper,
         "objective": claim.objective,
+        "claim": identity(claim),
         "seeds": seeds,
         "core_seconds": round(seconds),
         "values": {key: _spread(numbers) for key, numbers in values.items()},
@@ -120,16 +122,28 @@ def keep(row: Row, path: Path | None = None) -> Path:
     return path
 
 
+def identity(claim: Claim) -> str:
+    """Short digest of the claim and of what the recipes of its arms say."""
+    arms = ([PLACE.sub(r"\1", text) for text in (*claim.common, *arm)] for arm in claim.arms.values())
+    recipes = [load_recipe(claim.recipe, arm).model_dump(mode="json", exclude_unset=True) for arm in arms]
+    content = json.dumps([claim.model_dump(mode="json"), recipes], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
 def is_of(row: Row, claim: Claim) -> bool:
     """Whether an outcome belongs to the claim as it stands now."""
-    return row["note"] == claim.statement and [check["check"] for check in row["checks"]] == list(claim.checks)
+    return bool(row["claim"] == identity(claim))
 
 
 def verdict(name: str, rows: Sequence[Row]) -> str:
     """holds, fails, or not run yet."""
     claim = load_claim(name)
     found = [row for row in rows if row["name"] == name and is_of(row, claim)]
-    return "not run yet" if not found else "holds" if found[0]["met"] else "fails"
+    return _in_a_word(found[0]) if found else "not run yet"
+
+
+def _in_a_word(row: Row) -> str:
+    return "holds" if row["met"] else "fails"
 
 
 # -- the tables --------------------------------------------------------------------------------------------------------
@@ -143,12 +157,20 @@ def percent(entry: Mapping[str, Any]) -> str:
 
 def claims_table(rows: Sequence[Row]) -> str:
     """The outcomes as Markdown; claims that were never run stand in it too."""
-    lines = ["| claim | what it says | measured, mean ± deviation | checks | verdict |", "|---|---|---|---|---|"]
+    lines = [
+        "| claim | what it says | measured, mean ± deviation | checks | minutes on two cores | verdict |",
+        "|---|---|---|---|---|---|",
+    ]
     known = {row["name"]: row for row in rows}
-    for name in claim_names():
-        claim, row = load_claim(name), known.get(name)
-        state = verdict(name, rows)
-        measured = checked = ""
+    shipped = claim_names()
+    for name in dict.fromkeys((*shipped, *known)):
+        row = known.get(name)
+        if name in shipped:
+            claim, state = load_claim(name), verdict(name, rows)
+            statement, paper = claim.statement, claim.paper
+        else:  # from a file of the user's
+            statement, paper, state = known[name]["note"], known[name]["paper"], _in_a_word(known[name])
+        measured = checked = spent = ""
         if row is not None and state != "not run yet":
             measured = "<br>".join(f"{key} {percent(entry)}" for key, entry in row["values"].items())
             checked = "<br>".join(
@@ -156,7 +178,8 @@ def claims_table(rows: Sequence[Row]) -> str:
                 f"({check['seeds_that_hold']} of {row['seeds']} seeds)"
                 for check in row["checks"]
             )
-        lines.append(f"| `{name}` | {claim.statement} ({claim.paper}) | {measured} | {checked} | {state} |")
+            spent = f"{row['core_seconds'] / 120:.1f}"
+        lines.append(f"| `{name}` | {statement} ({paper}) | {measured} | {checked} | {spent} | {state} |")
     dates = [", ".join(sorted({row[key] for row in rows})) for key in ("machine", "date", "revision")]
     return "\n".join([*lines, *(["", "; ".join(dates) + "."] if rows else [])])
 

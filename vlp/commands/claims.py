@@ -109,6 +109,8 @@ def table(readme: Path | None, results: Path | None, as_json: bool) -> None:
     """Print the outcomes of all claims as a Markdown table."""
     from vlp.claims.results import claims_table, read_rows, renew
 
+    if results is not None and not results.is_file():
+        raise ConfigError(f"--results {str(results)!r}: no such file")
     rows = read_rows(results)
     if readme is not None:
         if not readme.is_file():

@@ -104,4 +104,5 @@ def _parameters(module: nn.Module | None) -> list[Tensor]:
 @torch.no_grad()
 def follow(copy: nn.Module, model: nn.Module, momentum: float) -> None:
     """Move the parameters of a momentum copy towards the model's: `momentum` of the old value stays."""
-    torch._foreach_lerp_(list(copy.parameters()), list(model.parameters()), 1.0 - momentum)
+    current = [parameter.to(own.dtype) for own, parameter in zip(copy.parameters(), model.parameters(), strict=True)]
+    torch._foreach_lerp_(list(copy.parameters()), current, 1.0 - momentum)

@@ -224,6 +224,18 @@ def sigmoid_contrast(
     return pairwise_sigmoid(image_BD, text_BD, logit_scale, bias, labels, Job(way, precision, judge))
 
 
+def refuse_idle(config: StrictModel, idle: Mapping[str, Sequence[str]]) -> None:
+    """Raise ConfigError for an option that was given another value than its default where it has no effect.
+
+    `idle`: what the other options say -> names of the options that then have no effect; empty where they have one.
+    """
+    for where, names in idle.items():
+        for name in names:
+            value = getattr(config, name)
+            if name in config.model_fields_set and value != type(config).model_fields[name].default:
+                raise ConfigError(f"objective.{name}={value!r} has no effect with objective.{where}: leave it out")
+
+
 def further(batch: Batch, field: Literal["views", "extra_tokens"], count: int, by: str) -> tuple[Tensor, ...]:
     """The first `count` further views or texts of a batch. Raises MissingField naming the option that provides them."""
     found: tuple[Tensor, ...] = getattr(batch, field) or ()

@@ -29,12 +29,16 @@ from vlp.distributed import gather
 from vlp.objectives import _beside as beside
 from vlp.objectives import clip
 from vlp.objectives._beside import Between
-from vlp.objectives.base import Coupling, Dims, Encoder, Features, LossOutput, Mask
+from vlp.objectives.base import Coupling, Dims, Encoder, Features, LossOutput, Mask, refuse_idle
 
 NEEDS: tuple[str, ...] = ("pixels", "tokens", "views")
 COUPLING: Coupling = "global"
 NEUTRAL: dict[str, Any] | None = {"weight": 0.0}
 """These options are plain CLIP."""
+
+
+OWN = ("alpha", "beta", "t_pos", "t_neg", "detach", "cost", "rbf_t", "between")
+"""Options of the term."""
 
 
 class Config(StrictModel):
@@ -67,6 +71,9 @@ class Config(StrictModel):
     @model_validator(mode="after")
     def _every_option_has_an_effect(self) -> "Config":
         beside.check(self.weight, self.clip_weight, self.mask, self.between)
+        refuse_idle(self, {"weight=0": () if self.weight else OWN})
+        if self.alpha == self.beta == 0:
+            raise ConfigError("objective.alpha=0 and objective.beta=0 leave nothing of the term: set weight=0 instead")
         if self.cost != "rbf" and self.rbf_t != type(self).model_fields["rbf_t"].default:
             raise ConfigError(f"objective.rbf_t={self.rbf_t} has no effect with cost={self.cost!r}: leave it out")
         return self

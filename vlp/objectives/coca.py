@@ -17,7 +17,7 @@ from data_pipelines.batch import Batch
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import ConfigError
 from vlp.distributed import gather
-from vlp.objectives.base import Coupling, Dims, Encoder, Features, LossOutput, encode_pairs, with_phrases
+from vlp.objectives.base import Coupling, Dims, Encoder, Features, LossOutput, encode_pairs, refuse_idle, with_phrases
 from vlp.objectives.clip import Config as ClipConfig
 from vlp.objectives.clip import clip_loss
 from vlp.phases import phase
@@ -40,6 +40,7 @@ class Config(StrictModel):
     def _something_is_trained(self) -> "Config":
         if self.caption_weight == self.contrast_weight == 0:
             raise ConfigError("objective.caption_weight and objective.contrast_weight are both 0: set one of them")
+        refuse_idle(self, {"contrast_weight=0": () if self.contrast_weight else ("clip",)})
         return self
 
 

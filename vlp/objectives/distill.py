@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data_pipelines.batch import Batch
@@ -25,7 +25,17 @@ from vlp import distributed
 from vlp.bundle import load_bundle, same_words
 from vlp.models.lean import LeanModel
 from vlp.objectives._kernel import Judge, Pairs, Side
-from vlp.objectives.base import Coupling, Dims, Encoder, Features, LossOutput, contrast, encode_pairs, way_for
+from vlp.objectives.base import (
+    Coupling,
+    Dims,
+    Encoder,
+    Features,
+    LossOutput,
+    contrast,
+    encode_pairs,
+    refuse_idle,
+    way_for,
+)
 from vlp.objectives.clip import Config as ClipConfig
 from vlp.objectives.clip import clip_loss
 
@@ -49,6 +59,11 @@ class Config(StrictModel):
     """Of the teacher's term, beside 1 of plain CLIP."""
     clip: ClipConfig = ClipConfig()
     """Options of plain CLIP, those of the objective clip; a fixed temperature is for the teacher's term too."""
+
+    @model_validator(mode="after")
+    def _every_option_has_an_effect(self) -> "Config":
+        refuse_idle(self, {"weight=0": () if self.weight else ("teacher",)})
+        return self
 
 
 def teacher_judge(image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> Judge:
@@ -156,6 +171,7 @@ class Distill(nn.Module):
         (teacher,) = self._teacher
         with torch.no_grad():
             pixels_BCHW = pixels_BCHW if self._image is None else seen_by(self._image, self.dims.image, pixels_BCHW)
+            pixels_BCHW = pixels_BCHW.to(next(teacher.parameters()).dtype)
             image_BE = teacher.encode_image(pixels_BCHW, normalize=True)
             text_BE = teacher.encode_text(batch.tokens, normalize=True)
         extra = {"teacher_image": image_BE, "teacher_text": text_BE}

@@ -22,7 +22,7 @@ from data_pipelines.errors import ConfigError
 from vlp import distributed
 from vlp.heads.partial_fc import Margin, PartialFC, Scores, class_mean, class_parts, softmax_loss, visiting
 from vlp.objectives._labels import NOTHING, same
-from vlp.objectives.base import Coupling, Dims, Encoder, Features, LossOutput, encode_pairs
+from vlp.objectives.base import Coupling, Dims, Encoder, Features, LossOutput, encode_pairs, refuse_idle
 from vlp.objectives.clip import Config as ClipConfig
 from vlp.objectives.clip import clip_loss
 
@@ -49,13 +49,10 @@ class Config(StrictModel):
 
     @model_validator(mode="after")
     def _every_option_has_an_effect(self) -> "Config":
-        idle = {
+        refuse_idle(self, {
             "alpha=0": () if self.alpha else ("samples", "scale", "margin", "margin_kind"),
             "margin=0": () if self.margin else ("margin_kind",),
-        }
-        for where, names in idle.items():
-            if given := [name for name in names if name in self.model_fields_set]:
-                raise ConfigError(f"objective.{given[0]} has no effect with objective.{where}: leave it out")
+        })  # fmt: skip
         return self
 
 

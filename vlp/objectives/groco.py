@@ -29,7 +29,7 @@ from vlp import distributed
 from vlp.objectives import _beside as beside
 from vlp.objectives import clip
 from vlp.objectives._beside import Between
-from vlp.objectives.base import Coupling, Dims, Encoder, Features, LossOutput, Mask
+from vlp.objectives.base import Coupling, Dims, Encoder, Features, LossOutput, Mask, refuse_idle
 
 NEEDS: tuple[str, ...] = ("pixels", "tokens", "views")
 COUPLING: Coupling = "global"
@@ -58,6 +58,7 @@ class Config(StrictModel):
     @model_validator(mode="after")
     def _every_option_has_an_effect(self) -> "Config":
         beside.check(self.weight, self.clip_weight, self.mask, self.between)
+        refuse_idle(self, {"weight=0": () if self.weight else ("k", "beta", "between")})
         return self
 
 

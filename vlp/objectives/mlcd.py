@@ -22,7 +22,7 @@ from data_pipelines.config import StrictModel
 from data_pipelines.errors import ConfigError
 from vlp.heads.partial_fc import Margin, PartialFC, Scores, class_mean, class_parts, positive_mass, visiting
 from vlp.objectives._labels import NOTHING, same
-from vlp.objectives.base import Coupling, Dims, Encoder, Features, LossOutput, encode_pairs
+from vlp.objectives.base import Coupling, Dims, Encoder, Features, LossOutput, encode_pairs, refuse_idle
 from vlp.objectives.clip import Config as ClipConfig
 from vlp.objectives.clip import clip_loss
 
@@ -55,16 +55,12 @@ class Config(StrictModel):
 
     @model_validator(mode="after")
     def _every_option_has_an_effect(self) -> "Config":
-        idle = {
-            "weight=0": ()
-            if self.weight
-            else ("loss", "positives", "negative_share", "scale", "margin", "margin_kind"),
+        classifier = ("loss", "positives", "negative_share", "scale", "margin", "margin_kind")
+        refuse_idle(self, {
+            "weight=0": () if self.weight else classifier,
             "margin=0": () if self.margin else ("margin_kind",),
-            "contrast=0": () if self.contrast else ("clip", "cluster_mask"),
-        }
-        for where, names in idle.items():
-            if given := [name for name in names if name in self.model_fields_set]:
-                raise ConfigError(f"objective.{given[0]} has no effect with objective.{where}: leave it out")
+            "contrast=0": () if self.contrast else ("cluster_mask",),  # `clip.exchange` moves features to classes, too
+        })  # fmt: skip
         if not self.weight and not self.contrast:
             raise ConfigError("objective.weight=0, objective.contrast=0: nothing is left to train")
         return self

@@ -28,7 +28,7 @@ from vlp.distributed import gather
 from vlp.heads.pair_gate import Fuse, PairGate
 from vlp.objectives import _beside as beside
 from vlp.objectives import clip
-from vlp.objectives.base import Coupling, Dims, Encoder, Features, LossOutput, Mask
+from vlp.objectives.base import Coupling, Dims, Encoder, Features, LossOutput, Mask, refuse_idle
 
 NEEDS: tuple[str, ...] = ("pixels", "tokens", "views", "label_ids")
 COUPLING: Coupling = "global"
@@ -64,6 +64,8 @@ class Config(StrictModel):
     @model_validator(mode="after")
     def _every_option_has_an_effect(self) -> "Config":
         beside.check(self.weight, self.clip_weight, self.mask)
+        own = ("source", "width", "hidden", "fuse", "renormalise", "init_scale")
+        refuse_idle(self, {"weight=0": () if self.weight else own})
         return self
 
 

@@ -35,6 +35,7 @@ from vlp.objectives.base import (
     contrast,
     encode_pairs,
     further,
+    refuse_idle,
     sigmoid_contrast,
 )
 from vlp.objectives.clip import Config as ClipConfig
@@ -74,18 +75,13 @@ class Config(StrictModel):
 
     @model_validator(mode="after")
     def _every_option_has_an_effect(self) -> "Config":
-        views = ("contrast", "momentum", "projector") if self.pairs == "image_text" else ()
-        idle = {
-            f"pairs={self.pairs}": views,
+        views = ("momentum", "projector", *(("contrast",) if self.contrast else ()))
+        refuse_idle(self, {
+            f"pairs={self.pairs}": views if self.pairs == "image_text" else (),
             f"soft={self.soft}": () if self.soft else ("form", "bias"),
             f"form={self.form}": () if self.form == "bce" else ("bias",),
             "contrast=0, soft=0": () if self.contrast or self.soft else ("temperature", "momentum", "projector"),
-        }
-        for where, names in idle.items():
-            for name in names:
-                value = getattr(self, name)
-                if name in self.model_fields_set and not (name == "contrast" and value == 0):
-                    raise ConfigError(f"objective.{name}={value} has no effect with objective.{where}: leave it out")
+        })  # fmt: skip
         return self
 
     @property
@@ -162,7 +158,8 @@ class SoftMultilabel(nn.Module):
         if config.viewed:
             (view_BCHW,) = further(batch, "views", 1, "soft_multilabel")
             query_BD = features.image_BD
-            extra["query"] = F.normalize(self.project(query_BD), dim=1) if hasattr(self, "project") else query_BD
+            projected = hasattr(self, "project")
+            extra["query"] = F.normalize(self.project(query_BD.float()), dim=1) if projected else query_BD
             extra["key"] = self._key(view_BCHW)
         if config.soft:
             extra["labels"] = batch.require("multi_labels", "soft_multilabel (data.labels.multi: true)")

@@ -217,7 +217,7 @@ class StrongBaseline(nn.Module):
             self._make_ssl(widths)
         self.to(device)
         if config.ssl == "byolip":
-            self.copy["model"] = copy.deepcopy(model).train().requires_grad_(False)
+            self.copy["model"] = copy.deepcopy(model).float().train().requires_grad_(False)
             self.copied.update({side: copy.deepcopy(self.projectors[side]).requires_grad_(False) for side in SIDES})
             self._copied_towers = {side: Tower(self.copy["model"], side) for side in SIDES}
             self._copied_encoder = (LeanModel(self.copy["model"]),)
@@ -257,7 +257,8 @@ class StrongBaseline(nn.Module):
         if config.ssl == "byolip":
             with torch.no_grad():
                 (copied,) = self._copied_encoder
-                targets = _encode(self._copied_towers, copied, (pixels_BCHW, *pictures), (batch.text_input, *texts))
+                seen = tuple(picture_BCHW.float() for picture_BCHW in (pixels_BCHW, *pictures))
+                targets = _encode(self._copied_towers, copied, seen, (batch.text_input, *texts))
             found |= {f"copied {name}": value for name, value in targets.items()}
         image_BD, text_BD = image.project(found["image"]), text.project(found["text"])
         if config.ssl not in ("siamlip", "byolip", "barlip"):

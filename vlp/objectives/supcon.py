@@ -109,7 +109,8 @@ class SupCon(nn.Module):
         features = encode_pairs(model, pixels_BCHW, batch, config.clip.mask, "supcon")
         if not config.guided and not config.label_mask:
             return features
-        labels = batch.require(config.field, f"supcon with positives={config.positives}")
+        several = "" if config.positives == "label" else " (data.labels.multi: true)"
+        labels = batch.require(config.field, f"supcon with positives={config.positives}{several}")
         return replace(features, extra={"labels": labels})
 
     def forward(self, features: Features, logit_scale: Tensor) -> LossOutput:
