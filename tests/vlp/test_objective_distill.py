@@ -165,7 +165,7 @@ def test_frozen_trunks_are_refused() -> None:
 
 
 def test_without_weight_no_teacher_is_loaded() -> None:
-    with pytest.raises(ConfigError, match=r"objective\.teacher='nowhere' has no effect with objective\.weight=0"):
+    with pytest.raises(ConfigError, match=r"objective\.teacher=nowhere has no effect with objective\.weight=0"):
         base.load({"name": "distill", "teacher": "nowhere", "weight": 0})
     objective = distill.build(distill.Config(weight=0), Dims(16, 2.0))
     objective.attach(instantiate(MICRO))

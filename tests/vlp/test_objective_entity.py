@@ -75,6 +75,6 @@ def test_without_any_entity_contrast_alone_is_left() -> None:
 def test_entities_must_be_there_and_options_have_an_effect() -> None:
     with pytest.raises(ConfigError, match=r"data\.clusters"):
         entity.build(entity.Config(), Dims(4, 2.0))
-    with pytest.raises(ConfigError, match="margin has no effect with objective.alpha=0"):
+    with pytest.raises(ConfigError, match=r"margin=\S+ has no effect with objective\.alpha=0"):
         base.load({"name": "entity", "alpha": 0, "margin": 0.2})
     assert not list(entity.build(entity.Config(alpha=0, entity_mask=False), Dims(4, 2.0)).parameters())

@@ -119,9 +119,9 @@ def test_clusters_alone_leave_the_text_tower_at_rest() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight": 0, "scale": 10}, r"scale has no effect with objective\.weight=0"),
-        ({"margin": 0, "margin_kind": "arc"}, "margin_kind has no effect"),
-        ({"contrast": 0, "cluster_mask": False}, "cluster_mask has no effect"),
+        ({"weight": 0, "scale": 10}, r"scale=10.0 has no effect with objective\.weight=0"),
+        ({"margin": 0, "margin_kind": "arc"}, "margin_kind=arc has no effect"),
+        ({"contrast": 0, "cluster_mask": False}, "cluster_mask=False has no effect"),
         ({"contrast": 0, "weight": 0}, "nothing is left to train"),
     ],
 )

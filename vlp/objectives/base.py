@@ -225,15 +225,15 @@ def sigmoid_contrast(
 
 
 def refuse_idle(config: StrictModel, idle: Mapping[str, Sequence[str]]) -> None:
-    """Raise ConfigError for an option that was given another value than its default where it has no effect.
+    """Raise ConfigError for an option that was given where it has no effect.
 
     `idle`: what the other options say -> names of the options that then have no effect; empty where they have one.
     """
     for where, names in idle.items():
         for name in names:
-            value = getattr(config, name)
-            if name in config.model_fields_set and value != type(config).model_fields[name].default:
-                raise ConfigError(f"objective.{name}={value!r} has no effect with objective.{where}: leave it out")
+            if name in config.model_fields_set:
+                value = getattr(config, name)
+                raise ConfigError(f"objective.{name}={value} has no effect with objective.{where}: leave it out")
 
 
 def further(batch: Batch, field: Literal["views", "extra_tokens"], count: int, by: str) -> tuple[Tensor, ...]:
