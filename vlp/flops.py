@@ -86,8 +86,10 @@ class StepFlops:
 
         In steps of eight tokens, because every length is counted anew, and that takes a while.
         """
-        length = 8 * math.ceil((float(batch.tokens.argmax(dim=1).float().mean()) + 1) / 8)
-        return self.sample(batch.pixels.shape[-1], min(length, batch.tokens.shape[1]))
+        length = batch.tokens.shape[1]
+        if can_trim(getattr(self._model, "text", self._model)):
+            length = min(length, 8 * math.ceil((float(batch.tokens.argmax(dim=1).float().mean()) + 1) / 8))
+        return self.sample(batch.pixels.shape[-1], length)
 
     def _tower(self, name: str, size: int) -> int:
         if (name, size) not in self._known:
@@ -115,8 +117,9 @@ class StepFlops:
 
 
 def _frozen(tower: nn.Module | None) -> bool:
-    trunk = trunk_of(tower) if tower is not None else None
-    return trunk is not None and not any(parameter.requires_grad for parameter in trunk.parameters())
+    """Whether nothing of a tower is trained but, at most, the projection behind another library's trunk."""
+    part = (trunk_of(tower) or tower) if tower is not None else None
+    return part is not None and not any(parameter.requires_grad for parameter in part.parameters())
 
 
 @torch.no_grad()

@@ -9,8 +9,10 @@ import base64
 import html
 import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from data_pipelines.images import MAX_PIXELS
 from data_pipelines.ledger import Ledger
+from data_pipelines.shard_set import Train
 from data_pipelines.stream import iterate
 from vlp.bundle import Bundle, load_bundle
 from vlp.curves import eval_curves, is_share, natural, training_curves
@@ -30,6 +33,8 @@ from vlp.runlog import RunLog
 
 GOOD, BAD, INK, MUTED = "#1a7f4b", "#c0392b", "#1f2430", "#7a8194"
 QUERIES, PICTURES, SHOWN = 9, 12, 6
+MOST = 5000
+"""Pictures that queries search; all of a large set would not fit into memory."""
 STYLE = """
 :root { color-scheme: light dark; --line: #d9dce3; --muted: #6b7280; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
@@ -52,19 +57,20 @@ class Gallery:
     scores_NT: Tensor
 
 
-def write_report(folder: Path, data: Path | None = None, commands: Sequence[str] = ()) -> Path:
+def write_report(folder: Path, data: Train | Path | None = None, commands: Sequence[str] = ()) -> Path:
     """Write report.html into a finished run. `data`: shards for the sheets; default the recipe's first evaluation."""
     runlog = RunLog(folder)
     bundle = load_bundle(folder)
     evals = bundle.provenance.recipe.get("evals") or []
-    data = data or (Path(evals[0]["data"]) if evals else None)
+    data = data or (evals[0]["data"] if evals else None)
     figures = {"curves": training_curves(runlog.rows("metrics.jsonl"))}
     evaluation = eval_curves(runlog.rows("evals.jsonl"))
     if evaluation is not None:
         figures["evaluation"] = evaluation
     if data is not None:
         gallery = load_gallery(bundle, data)
-        figures |= {"text_queries": text_sheet(gallery), "picture_queries": picture_sheet(gallery)}
+        if gallery is not None:
+            figures |= {"text_queries": text_sheet(gallery), "picture_queries": picture_sheet(gallery)}
     images = {}
     for name, figure in figures.items():
         stream = io.BytesIO()
@@ -77,9 +83,13 @@ def write_report(folder: Path, data: Path | None = None, commands: Sequence[str]
     return folder / "report.html"
 
 
-def load_gallery(bundle: Bundle, data: Path) -> Gallery:
-    """Decode and embed a folder of shards."""
-    samples = list(iterate(data, bundle.image, Ledger(), MAX_PIXELS))
+def load_gallery(bundle: Bundle, data: Train | Path) -> Gallery | None:
+    """Decode and embed the first MOST pictures with a caption; None where there is none."""
+    samples = list(
+        islice(iterate(data, bundle.image, Ledger(max_share=1.0, max_in_a_row=sys.maxsize), MAX_PIXELS), MOST)
+    )
+    if not samples:
+        return None
     texts = sorted({caption for sample in samples for caption in sample.captions})
     image_ND = encode_pixels(bundle, torch.stack([sample.pixels for sample in samples]))
     return Gallery(

@@ -78,7 +78,9 @@ def test_training_on_other_bands_ends_in_a_bundle_that_works(kind: str, config: 
     assert metrics["pictures"] == 32
     again = load_bundle(save_bundle(bundle, tmp_path / "bundle"))
     assert again.image == image
-    assert len(picture_sheet(load_gallery(bundle, shards)).axes) > 6, "bands that nobody can see are drawn as well"
+    gallery = load_gallery(bundle, shards)
+    assert gallery is not None
+    assert len(picture_sheet(gallery).axes) > 6, "bands that nobody can see are drawn as well"
     raw = [(tmp_path / "scenes" / f"{number:02}.npy").read_bytes() for number in range(3)]
     assert torch.equal(encode_images(again, raw), encode_images(bundle, raw))
     if config is MICRO:

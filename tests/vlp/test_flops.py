@@ -56,6 +56,14 @@ def test_a_frozen_trunk_costs_its_forward_pass_and_the_model_stays_as_it_was() -
     assert model.training
 
 
+def test_a_frozen_tower_of_open_clip_costs_its_forward_pass() -> None:
+    model = instantiate(MICRO)
+    whole = StepFlops(model).sample(16, 12)
+    model.get_submodule("visual").requires_grad_(False)
+    image = count(lambda: model.visual(torch.zeros(1, 3, 16, 16)))  # type: ignore[operator]
+    assert whole - StepFlops(model).sample(16, 12) == 2 * image
+
+
 def test_a_hugging_face_text_tower_is_counted(tmp_path: Path) -> None:
     """BERT, 6 tokens, width 32, MLP of 64: 4 * T * W * W and 2 * T * W * 64 multiply-adds, attention 2 * T * T * W."""
     (tmp_path / "config.json").write_text(json.dumps(MICRO_BERT))

@@ -281,6 +281,22 @@ def test_siglip_by_hand() -> None:
     assert output.loss.item() == pytest.approx(0.626523, abs=1e-6)
 
 
+def test_siglip_trains_the_bias_of_a_model_that_has_one() -> None:
+    """What SigLIP weights bring stays and is exported; without one the objective holds it."""
+    module, config = base.load({"name": "siglip"})
+    torch.manual_seed(0)
+    model = instantiate({**MICRO, "init_logit_bias": -7.0})
+    objective = attached(module.build(config, DIMS), model)
+    assert [*objective.parameters()] == []
+    output = objective(objective.encode(model, *network_input(full_batch())), torch.tensor(10.0))
+    output.loss.backward()
+    assert output.parts["logit_bias"] == -7.0
+    assert isinstance(model.logit_bias, torch.nn.Parameter)
+    assert model.logit_bias.grad is not None
+    with pytest.raises(ConfigError, match=r"objective\.init_bias=-5\.0 has no effect"):
+        attached(module.build(base.load({"name": "siglip", "init_bias": -5})[1], DIMS), model)
+
+
 def test_neutral_siglip_is_open_clips_with_gradients() -> None:
     from open_clip.loss import SigLipLoss
 

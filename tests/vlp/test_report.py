@@ -2,12 +2,24 @@
 
 import io
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from data_pipelines.records import Record
+from data_pipelines.write import WriteOptions, write_shards
 from vlp.report import write_report
+from vlp.testing import picture
+
+
+def test_a_data_set_without_captions_gives_a_report_without_sheets(trained: Path, tmp_path: Path) -> None:
+    records = [Record(picture(n), (), "test", str(n), labels=("a",)) for n in range(150)]
+    write_shards(records, tmp_path / "bare", WriteOptions(), kind="test", licences={}, progress=False)
+    shutil.copytree(trained, tmp_path / "run")
+    page = write_report(tmp_path / "run", tmp_path / "bare").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 2
 
 
 def test_report_is_one_file_with_pictures_beside_it(trained: Path) -> None:

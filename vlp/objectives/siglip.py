@@ -23,6 +23,7 @@ from vlp.objectives.base import (
     encode_pairs,
     false_negatives,
     phrase_labels,
+    refuse_idle,
     sigmoid_contrast,
 )
 
@@ -46,12 +47,21 @@ class Config(StrictModel):
 
 
 class SigLip(nn.Module):
-    """Holds the learned bias, a scalar."""
+    """Holds the learned bias, a scalar, unless the model has one: then its own is trained, saved and exported."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.logit_bias = nn.Parameter(torch.tensor(config.init_bias))
+        self.logit_bias: nn.Parameter | None = nn.Parameter(torch.tensor(config.init_bias))
+        self._of_model: tuple[nn.Parameter, ...] = ()
+        """In a tuple, so that the model's parameter does not become the objective's."""
+
+    def attach(self, model: nn.Module) -> None:
+        """Take the model's bias, which may come from weights. Raises ConfigError where two would be given."""
+        theirs = getattr(model, "logit_bias", None)
+        if isinstance(theirs, nn.Parameter):
+            refuse_idle(self.config, {"name=siglip, for the model has a logit_bias of its own": ("init_bias",)})
+            self._of_model, self.logit_bias = (theirs,), None
 
     def encode(self, model: Encoder, pixels_BCHW: Tensor, batch: Batch) -> Features:
         """Both towers once."""
@@ -61,10 +71,11 @@ class SigLip(nn.Module):
         """The loss over the batch of all ranks."""
         labels, config = phrase_labels(features), self.config
         judge = false_negatives if labels else None
+        bias = self._of_model[0].float() if self.logit_bias is None else self.logit_bias
         loss = sigmoid_contrast(
-            features, logit_scale, self.logit_bias, labels, judge, exchange=config.exchange, precision=config.precision
+            features, logit_scale, bias, labels, judge, exchange=config.exchange, precision=config.precision
         )
-        return LossOutput(loss, {"logit_bias": self.logit_bias.detach()})
+        return LossOutput(loss, {"logit_bias": bias.detach()})
 
 
 def build(config: Config, dims: Dims) -> SigLip:
