@@ -103,6 +103,13 @@ class RunConfig(StrictModel):
     on_bad_steps: Literal["rollback", "stop"] = "rollback"
     """rollback: to the weights of the last checkpoint, on with the data that follows the refused steps."""
 
+    @field_validator("sizes")
+    @classmethod
+    def _shares_and_sides(cls, value: dict[float, int]) -> dict[float, int]:
+        if odd := {share: side for share, side in value.items() if not 0 < share < 1 or side < 1}:
+            raise ValueError(f"{odd}: give shares of the run between 0 and 1, and sides in pixels, such as {{0.6: 48}}")
+        return value
+
     def save_steps(self, epoch: int) -> tuple[int, ...]:
         """Every how many steps a checkpoint is due, for epochs of so many steps; by steps, by epochs or both."""
         found = (self.save_every, max(1, round(self.save_epochs * epoch)) if self.save_epochs else 0)

@@ -123,6 +123,7 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
         objective.attach(model)
     locking.apply(model, recipe.model, 1.0)  # what thaws later is no frozen trunk
     frozen = trunks_frozen(model)
+    _check_effects(recipe, flops, frozen)
     locking.apply(model, recipe.model, 0.0)
     total = recipe.run.steps or max(1, round((recipe.run.epochs or 0) * loader.plan.steps))
     loader.side_at = lambda step: picture_side(recipe, step / total)
@@ -145,10 +146,27 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
     )
 
 
+def _check_effects(recipe: Recipe, flops: StepFlops, frozen: bool) -> None:
+    """Raise ConfigError for options that change nothing here, and for sizes that the image tower does not take."""
+    run, drop = recipe.run, recipe.model.patch_dropout
+    given = {"run.sizes": run.sizes, "run.compile": run.compile, "model.patch_dropout": drop}
+    given["run.activation_checkpointing"] = run.activation_checkpointing
+    idle = [f"{name}={value}" for name, value in given.items() if value]
+    if frozen and idle:
+        raise ConfigError(f"{idle[0]} has no effect with both trunks frozen, whose features are computed once")
+    for side in run.sizes.values():
+        try:
+            flops.sample(side, recipe.tokenizer.context_length)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ConfigError(f"run.sizes: the image tower takes no pictures of {side} px ({error})") from error
+
+
 def _place(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
     """The model on its device in the recipe's precision, memory layout and way of keeping activations."""
     settings = recipe.run
     if settings.activation_checkpointing:
+        if hasattr(model.visual, "attnpool"):
+            raise ConfigError("run.activation_checkpointing=true has no effect on open_clip's ResNets: leave it out")
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     if settings.precision == "bf16":
         scale = model.logit_scale
