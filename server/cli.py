@@ -75,7 +75,8 @@ def _prepare(
 
     from server.app import create_app
     from server.engine import BundleEngine
-    from vlp.bundle import load_bundle, pick_device
+    from vlp.bundle import load_bundle
+    from vlp.distributed import pick_device
     from vlp.embed import weights_digest
 
     engine = BundleEngine(load_bundle(bundle, pick_device(device)), settings.limits)

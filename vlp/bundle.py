@@ -179,13 +179,6 @@ def _written(tokenizer: Tokenizer) -> dict[str, Any]:
     return vocabulary
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
-
-
 def load_bundle(path: Path | str, device: torch.device | str = "cpu") -> Bundle:
     """Load a bundle, a run folder or an exported open_clip folder. Raises BundleError naming file and reason."""
     folder = find_bundle(Path(path)).absolute()

@@ -1,7 +1,7 @@
 """The only importer of torch.distributed. Everything here is a no-op in a single process."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data_pipelines.errors import BundleError
+from data_pipelines.errors import BundleError, ConfigError
 
 T = TypeVar("T")
 TABLE = 4096
@@ -21,11 +21,36 @@ Strategy = Literal["ddp", "fsdp"]
 """ddp: every rank holds the whole model. fsdp: ranks share its towers out."""
 
 
-def set_up() -> tuple[int, int]:
-    """(rank, world size); joins the process group when torchrun's variables ask for one."""
+def placed(name: str, gpus: int, local: int, ranks: int) -> str:
+    """The device of rank `local` among the `ranks` of a machine with so many GPUs; `auto` is a GPU if there is one.
+
+    Raises ConfigError for more ranks than GPUs: two on one GPU cannot talk to each other.
+    """
+    found = ("cuda" if gpus else "cpu") if name == "auto" else name
+    if found != "cuda" or ranks == 1:
+        return found
+    if ranks > gpus:
+        raise ConfigError(
+            f"run.device={name}: {ranks} ranks on a machine with {gpus} GPUs: start fewer, or set run.device=cpu"
+        )
+    return f"cuda:{local}"
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this process; each of several ranks on a machine has a GPU of its own."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return torch.device(placed(name, gpus, int(os.environ.get("LOCAL_RANK", "0")), ranks))
+
+
+def set_up(name: str = "auto") -> tuple[int, int]:
+    """(rank, world size); joins the process group when torchrun's variables ask for one. `name`: as for pick_device."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        device = pick_device(name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank(), world_size()
 
 
@@ -301,6 +326,18 @@ def load_full_optimizer_state(
     for group, count in zip(groups, counts, strict=False):
         group |= count
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Mean over the ranks, in place, of tensors of one data type."""
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    means = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, mean in zip(tensors, means, strict=True):
+        tensor.copy_(mean.view(tensor.shape))
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:

@@ -28,23 +28,24 @@ def local_ranks(count: int, folder: Path, resume: bool, command: Sequence[str] =
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    size = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    shared = {**size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = command or ["train", str(folder / "recipe.yaml"), "--run-dir", str(folder), *["--resume"] * resume]
     others = [
         subprocess.Popen(
             [sys.executable, "-m", "vlp", *command],
-            env={**os.environ, **shared, "RANK": str(rank)},
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,
         )
         for rank in range(1, count)
     ]
-    os.environ.update(shared, RANK="0")
+    os.environ.update(shared, RANK="0", LOCAL_RANK="0")
     done = False
     try:
         yield
         done = True
-    except RuntimeError as error:  # what a broken connection to another rank looks like here
-        dead = [(rank, code) for rank, other in enumerate(others, 1) if (code := _code(other))]
+    except RuntimeError as error:
+        dead = [(rank, code) for rank, other in enumerate(others, 1) if (code := _code(other))] if _lost(error) else []
         if not dead:
             raise
         rank, code = dead[0]
@@ -52,16 +53,21 @@ def local_ranks(count: int, folder: Path, resume: bool, command: Sequence[str] =
             f"rank {rank} ended with exit code {code} (its message is above); continue with --resume"
         ) from error
     finally:
-        for key in (*shared, "RANK"):
+        for key in (*shared, "RANK", "LOCAL_RANK"):
             os.environ.pop(key)
         for process in others:
             _end(process, PATIENCE if done else 0)
 
 
+def _lost(error: RuntimeError) -> bool:
+    """Whether this is what a broken connection to another rank looks like here; an own error is nobody else's fault."""
+    return any(word in str(error).lower() for word in ("connection", "socket", "gloo", "nccl", "timed out", "timeout"))
+
+
 def _code(process: "subprocess.Popen[bytes]") -> int | None:
     """Exit code of a process that ended or is about to."""
     try:
-        return process.wait(5)
+        return process.wait(15)
     except subprocess.TimeoutExpired:
         return None
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_pipelines.errors import ConfigError
+from data_pipelines.errors import ConfigError, PipelineError
 from data_pipelines.ledger import Ledger
 from data_pipelines.loader import Loader, make_loader, open_set
 from data_pipelines.reader import Sample
 from data_pipelines.stream import stored
 from data_pipelines.tokens import Tokenizer, TokenizerConfig, clip_tokenizer, learn_tokenizer
 from vlp import __version__, distributed
-from vlp.bundle import VOCABULARY, Bundle, Provenance, check_start, load_tokenizer, pick_device
+from vlp.bundle import VOCABULARY, Bundle, Provenance, check_start, load_tokenizer
 from vlp.checkpoint import Saver, load_latest
 from vlp.flops import StepFlops
 from vlp.frozen import FeatureLoader, FrozenHeads, trunks_frozen
@@ -97,13 +97,13 @@ def make_tokenizer(recipe: Recipe) -> Tokenizer:
 
 def prepare(recipe: Recipe, folder: Path) -> Run:
     """Build everything from a recipe, in a fixed order under one seed. Trains nothing yet."""
-    rank, world = distributed.set_up()
+    rank, world = distributed.set_up(recipe.run.device)
     torch.set_float32_matmul_precision("medium")  # the fast fp32 matmul route on CPUs
     threads = recipe.run.threads or (os.cpu_count() or 1) // recipe.run.processes
     if recipe.run.threads or recipe.run.processes > 1:
         torch.set_num_threads(max(1, threads))
     torch.manual_seed(recipe.run.seed)
-    device = pick_device(recipe.run.device)
+    device = distributed.pick_device(recipe.run.device)
     tokenizer = make_tokenizer(recipe)
     image, choice = recipe.data.image, recipe.tokenizer
     if recipe.model.weights:
@@ -214,9 +214,22 @@ def save(run: Run, wait: bool = False) -> None:
     run.saver.save(run.step, tensors, state, [run.best["step"]] if run.best else [], wait)
 
 
+def _newest(run: Run) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]] | None:
+    """The newest whole checkpoint, on every rank the same. Raises PipelineError where ranks see different ones."""
+    found = load_latest(run.folder / "checkpoints")
+    steps = distributed.from_all_ranks(found and int(found[1]["step"]))
+    if len(set(steps)) > 1:
+        seen = ", ".join(f"rank {rank}: {'none' if step is None else step}" for rank, step in enumerate(steps))
+        raise PipelineError(
+            f"the ranks see different checkpoints in {run.folder.absolute()} ({seen}): the folder has to be shared by "
+            "all machines, and readable"
+        )
+    return found
+
+
 def restore(run: Run) -> None:
     """Continue from the newest whole checkpoint; from the start if there is none."""
-    found = load_latest(run.folder / "checkpoints")
+    found = _newest(run)
     if found is None:
         return
     _load_weights(run, *found)
@@ -237,7 +250,7 @@ def roll_back(run: Run) -> int | None:
     """
     run.saver.wait()
     distributed.from_all_ranks(None)  # rank 0 may still have been writing
-    found = load_latest(run.folder / "checkpoints")
+    found = _newest(run)
     if found is None:
         return None
     _load_weights(run, *found)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from data_pipelines.batch import Batch
 from data_pipelines.errors import PipelineError
@@ -31,6 +32,8 @@ def train_step(run: Run, batch: Batch) -> dict[str, float]:
     run.optimizer.zero_grad(set_to_none=True)
     with phase("to_device"):
         moved = batch.to(run.device)
+    statistics = running_statistics(run.model)
+    before = [value.clone() for value in statistics]
     output = backward(run, moved)
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     with phase("gather"):
@@ -40,8 +43,10 @@ def train_step(run: Run, batch: Batch) -> dict[str, float]:
     reason = run.guard.check(loss, norm)
     rate = learning_rate(run.step, run.total, optim)
     if reason:
+        _put_back(statistics, before)
         _refuse(run, batch, reason, loss)
     else:
+        distributed.average(statistics)  # so that all ranks evaluate, save and go on with the same model
         with phase("optimizer"):
             set_rate(run.optimizer, rate)
             run.optimizer.step()
@@ -64,7 +69,8 @@ def backward(run: Run, batch: Batch) -> LossOutput:
 
     With `optim.accumulate`, the features of all parts are computed first without their graphs, the loss and its
     gradient in the features on all of them, and then part by part the towers' gradients (GradCache, Gao et al. 2021,
-    arXiv 2101.06983): the memory of one part, the result of the whole. Batch norms see one part at a time.
+    arXiv 2101.06983): the memory of one part, the result of the whole. Batch norms of a tower normalise by the samples
+    of one part of one rank; their running statistics are the means over parts and ranks.
     """
     parts = batch.split(run.recipe.optim.accumulate)
     if len(parts) == 1:
@@ -72,8 +78,11 @@ def backward(run: Run, batch: Batch) -> LossOutput:
         with phase("backward"):
             output.loss.backward()
         return output
+    statistics = running_statistics(run.model)
+    before = [value.clone() for value in statistics]
     with torch.no_grad():
         features = [encode(run, part, number) for number, part in enumerate(parts)]
+    _put_back(statistics, before)  # every part counts once, below
     leaves = Features.cat(features).map(_leaf)
     output = loss_of(run, leaves)
     output.loss.backward()
@@ -127,6 +136,18 @@ def loss_of(run: Run, features: Features) -> LossOutput:
     with phase("loss"):
         output: LossOutput = run.objective(features, scale)
     return output
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Running means and variances that training steps move."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+    found = (value for norm in norms for value in (norm.running_mean, norm.running_var))
+    return [value for value in found if value is not None]
+
+
+def _put_back(tensors: list[Tensor], values: list[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
 
 
 @torch.no_grad()

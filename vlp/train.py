@@ -8,6 +8,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data_pipelines.batch import Batch
 from data_pipelines.console import progress
 from data_pipelines.errors import ConfigError, PipelineError
@@ -46,7 +48,9 @@ def train(recipe: Recipe, folder: Path, resume: bool = False, show: bool = True)
     if distributed.env_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
-    with local_ranks(recipe.run.processes, folder, resume), distributed.left_at_the_end(), _signals() as received:
+    with local_ranks(processes(recipe), folder, resume), distributed.left_at_the_end(), _signals() as received:
+        distributed.set_up(recipe.run.device)
+        folder = distributed.from_all_ranks(folder)[0]  # named by the clock, it is another one on every rank
         run = prepare(recipe, folder)
         lead = distributed.rank() == 0
         with _noted(run):
@@ -61,6 +65,12 @@ def train(recipe: Recipe, folder: Path, resume: bool = False, show: bool = True)
             bundle = current_bundle(run)
             summary = _finish(run, bundle) if lead else {}
     return summary
+
+
+def processes(recipe: Recipe) -> int:
+    """Ranks to start on this machine: what the recipe says for CPUs, at most one for each GPU."""
+    on_gpu = recipe.run.device != "cpu" and torch.cuda.is_available()
+    return min(recipe.run.processes, torch.cuda.device_count()) if on_gpu else recipe.run.processes
 
 
 @contextmanager

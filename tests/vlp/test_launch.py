@@ -13,9 +13,16 @@ from typing import Any
 
 import pytest
 
+from data_pipelines.errors import ConfigError, PipelineError
+from vlp.bundle import load_bundle
 from vlp.checkpoint import load_latest
-from vlp.recipe import Recipe, dump
+from vlp.distributed import placed
+from vlp.evals import evaluate
+from vlp.launch import local_ranks
+from vlp.recipe import Recipe, dump, validate
+from vlp.run import prepare, restore
 from vlp.runlog import RunLog
+from vlp.testing import run_ranks
 from vlp.train import train
 
 Make = Callable[..., Recipe]
@@ -100,3 +107,64 @@ def test_the_death_of_a_rank_ends_the_run_and_is_named(micro_recipe: Make, tmp_p
     message = process.communicate(timeout=60)[1]
     assert process.returncode not in (0, None)
     assert "rank 1 ended with exit code -9" in message
+
+
+def test_ranks_share_running_statistics_and_give_what_vlp_eval_gives(micro_recipe: Make, tmp_path: Path) -> None:
+    """Batch norms see other samples on every rank; the means over the ranks are saved, evaluated and gone on with."""
+    from tests.vlp.test_step import NORMED
+
+    recipe = validate({**micro_recipe(processes=2).model_dump(), "model": {"config": NORMED}})
+    evals_ = [{"name": "val", "data": recipe.data.train}]
+    recipe = validate({**recipe.model_dump(), "evals": evals_})
+    train(recipe, tmp_path / "run", show=False)
+    bundle = load_bundle(tmp_path / "run")
+    again = evaluate(bundle, "retrieval", Path(str(recipe.data.train)))
+    rows = RunLog(tmp_path / "run").rows("evals.jsonl")
+    assert {key: value for key, value in rows[-1].items() if key != "step"} == {
+        f"val/{key}": value for key, value in again.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [("shapes cannot be multiplied", RuntimeError), ("Connection closed by peer", PipelineError)],
+)
+def test_an_error_of_rank_0_is_its_own(message: str, expected: type[Exception], tmp_path: Path) -> None:
+    """Only a broken connection is laid at the door of a rank that ended."""
+    with pytest.raises(expected) as caught, local_ranks(2, tmp_path, False, ["train", "nowhere.yaml"]):
+        raise RuntimeError(message)
+    assert ("rank 1 ended" in str(caught.value)) == (expected is PipelineError)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "local", "ranks", "found"),
+    [
+        ("auto", 0, 1, 2, "cpu"), ("auto", 1, 0, 1, "cuda"), ("auto", 8, 3, 8, "cuda:3"), ("cuda", 2, 1, 2, "cuda:1"),
+        ("cuda:1", 2, 0, 1, "cuda:1"), ("cpu", 8, 3, 8, "cpu"), ("auto", 1, 1, 2, ConfigError),
+        ("cuda", 0, 0, 2, ConfigError),
+    ],
+)  # fmt: skip
+def test_every_rank_has_a_gpu_of_its_own(name: str, gpus: int, local: int, ranks: int, found: Any) -> None:
+    if isinstance(found, str):
+        assert placed(name, gpus, local, ranks) == found
+    else:
+        with pytest.raises(found, match=f"run.device={name}: {ranks} ranks on a machine with {gpus} GPUs"):
+            placed(name, gpus, local, ranks)
+
+
+def test_ranks_that_see_other_checkpoints_say_so(trained: Path, micro_recipe: Make, tmp_path: Path) -> None:
+    """As without a shared file system: one rank would go on at its step, the other from the start."""
+    for rank in (0, 1):
+        shutil.copytree(trained, tmp_path / f"rank{rank}" / "run")
+    shutil.rmtree(tmp_path / "rank1" / "run" / "checkpoints")
+    found = run_ranks(_resumed, 2, (str(tmp_path), micro_recipe().model_dump(mode="json")))
+    assert all("rank 0: 12, rank 1: none" in message for message in found), found
+
+
+def _resumed(rank: int, folder: str, settings: dict[str, Any]) -> str:
+    run = prepare(validate(settings), Path(folder) / f"rank{rank}" / "run")
+    try:
+        restore(run)
+    except PipelineError as error:
+        return str(error)
+    return "went on"

@@ -16,7 +16,7 @@ from vlp.models.locking import set_training
 from vlp.recipe import Recipe, validate
 from vlp.run import Run, prepare
 from vlp.runlog import RunLog
-from vlp.step import backward, encode, train_step
+from vlp.step import backward, encode, running_statistics, train_step
 from vlp.train import train
 
 Make = Callable[..., Recipe]
@@ -207,3 +207,55 @@ def test_a_loss_below_0_is_no_spike() -> None:
     other.load_state_dict(small.state_dict())
     assert other.state_dict() == small.state_dict()
     assert Guard(None).check(1e9, 1.0) == ""
+
+
+NORMED = {
+    "embed_dim": 16, "init_logit_scale": 2.0, "custom_text": True,
+    "vision_cfg": {
+        "timm_model_name": "test_resnet", "timm_model_args": {"channels": [8, 8, 8, 16]}, "timm_pool": "avg",
+        "timm_proj": "linear",
+    },
+    "text_cfg": {"width": 32, "heads": 2, "layers": 1},
+}  # fmt: skip
+"""An image tower with batch norms."""
+
+
+def normed(recipe: Recipe, **optim: Any) -> Recipe:
+    return validate(
+        {**recipe.model_dump(), "model": {"config": NORMED}, "optim": {**recipe.optim.model_dump(), **optim}}
+    )
+
+
+def test_a_refused_step_leaves_the_running_statistics(micro_recipe: Make, tmp_path: Path) -> None:
+    """Its forward pass has moved them; one that is not a number would stay for good, unseen in training."""
+    run = prepare(normed(micro_recipe()), tmp_path)
+    set_training(run.model)
+    batches = iter(run.loader)
+    train_step(run, next(batches))
+    before = [value.clone() for value in running_statistics(run.model)]
+    assert before
+    first = run.model.get_parameter("visual.trunk.conv1.0.weight")
+    kept = first.detach().clone()
+    first.data.fill_(float("nan"))
+    train_step(run, next(batches))
+    assert run.guard.refused == 1
+    for value, other in zip(running_statistics(run.model), before, strict=True):
+        assert torch.equal(value, other)
+    first.data.copy_(kept)
+    train_step(run, next(batches))
+    assert any(not torch.equal(a, b) for a, b in zip(running_statistics(run.model), before, strict=True))
+
+
+def test_every_part_moves_the_running_statistics_once(micro_recipe: Make, tmp_path: Path) -> None:
+    """A momentum of 0.1: after two parts of means a and b from 0 they are 0.9 x 0.1 a + 0.1 b."""
+    run = prepare(normed(micro_recipe(), accumulate=2), tmp_path)
+    set_training(run.model)
+    batch = next(iter(run.loader))
+    norm = run.model.get_submodule("visual.trunk.conv1.1")
+    seen: list[torch.Tensor] = []
+    hook = norm.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().mean((0, 2, 3))))
+    backward(run, batch)
+    hook.remove()
+    assert len(seen) == 4, "each part without and with its graph"
+    mean = run.model.get_buffer("visual.trunk.conv1.1.running_mean")
+    assert torch.allclose(mean, 0.09 * seen[2] + 0.1 * seen[3], atol=1e-6)

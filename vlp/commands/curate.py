@@ -32,8 +32,9 @@ def _shared(function: Any) -> Any:
 def _embed(bundle: Path, data: tuple[Path, ...], embeddings: Path | None, device: str) -> tuple[Any, Any]:
     """(the bundle, the embedded pictures)."""
     from data_pipelines.reader import open_shards
-    from vlp.bundle import load_bundle, pick_device
+    from vlp.bundle import load_bundle
     from vlp.curate.pictures import embed_pictures
+    from vlp.distributed import pick_device
 
     model = load_bundle(bundle, pick_device(device))
     total = sum(len(shard) for folder in data for shard in open_shards(folder))

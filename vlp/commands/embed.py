@@ -27,7 +27,8 @@ FOLDER = click.Path(path_type=Path)
 def embed(bundle: Path, data: Path, out: Path, dtype: str, device: str, overwrite: bool, as_json: bool) -> None:
     """Embed pictures and captions of shards with BUNDLE, in clip-retrieval's folder layout."""
     from data_pipelines.reader import open_shards
-    from vlp.bundle import load_bundle, pick_device
+    from vlp.bundle import load_bundle
+    from vlp.distributed import pick_device
     from vlp.embed import embed_shards, weights_digest
 
     total = sum(len(shard) for shard in open_shards(data))

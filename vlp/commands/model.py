@@ -71,15 +71,15 @@ def evaluate(
     With one task its metrics stand as they are; with several they begin with the name of their task.
     """
     from vlp import distributed, evals
-    from vlp.bundle import load_bundle, pick_device
+    from vlp.bundle import load_bundle
 
     named = {"train": train, "labels": labels, "templates": templates}
     options = {key: value for key, value in named.items() if value is not None} | dict(map(_setting, settings))
     chosen = _share_out(tasks, options)
     with distributed.left_at_the_end():
-        lead = distributed.set_up()[0] == 0
+        lead = distributed.set_up(device)[0] == 0
         with progress("embedding", enabled=lead, unit="pictures") as advance:
-            encoder = evals.Encoder(load_bundle(bundle, pick_device(device)), advance)
+            encoder = evals.Encoder(load_bundle(bundle, distributed.pick_device(device)), advance)
             found: dict[str, dict[str, float]] = {}
             for task, own in chosen.items():
                 try:
