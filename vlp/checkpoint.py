@@ -64,7 +64,8 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise
-    for old in checkpoints(folder)[: -max(keep, 2)]:
+    others = [path for path in checkpoints(folder) if path != final]
+    for old in others[: 1 - max(keep, 2)]:
         if step_of(old) not in spare:
             shutil.rmtree(old, ignore_errors=True)
     return final
@@ -100,7 +101,10 @@ def _fsync(path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """(tensors, state) of one checkpoint; every file is checked before it is read. Raises BundleError."""
+    """(tensors, state) of one checkpoint, its `name` in the state; every file is checked before it is read.
+
+    Raises BundleError.
+    """
     try:
         text = (path / STATE).read_bytes()
         if hashlib.sha256(text).hexdigest().encode() != (path / DIGEST).read_bytes():
@@ -109,19 +113,38 @@ def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
         for name, digest in state["files"].items():
             if sha256_file(path / name) != digest:
                 raise BundleError(f"{path / name}: sha256 differs from {STATE}: the checkpoint is damaged")
-        return {Path(name).stem: load_file(path / name) for name in state["files"]}, state
+        return {Path(name).stem: load_file(path / name) for name in state["files"]}, state | {"name": path.name}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise BundleError(f"{path}: not a complete checkpoint ({error})") from error
 
 
 def load_latest(folder: Path) -> tuple[Tensors, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, None if there is none. A damaged one is named and skipped."""
-    for path in reversed(checkpoints(folder)):
+    """The newest checkpoint that is whole, None where there are none at all. A damaged one is named and skipped.
+
+    Raises BundleError where all are damaged: beginning again would throw away what may still be rescued.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
         try:
             return load_checkpoint(path)
         except BundleError as error:
             log.warning("%s; trying the one before", error)
+    if found:
+        raise BundleError(
+            f"{folder}: all {len(found)} checkpoints are damaged (see above): restore one of them from a copy, or "
+            "begin again in another --run-dir"
+        )
     return None
+
+
+def set_aside(folder: Path, name: str) -> None:
+    """Rename the damaged checkpoints that sort behind `name`, which was loaded: they must not count as the newest."""
+    for path in checkpoints(folder):
+        if path.name > name:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            log.warning("%s is now %s; delete it when nobody needs it", path, aside.name)
 
 
 class Saver:

@@ -13,7 +13,7 @@ import torch
 
 import vlp.checkpoint
 from data_pipelines.errors import BundleError, PipelineError
-from vlp.checkpoint import Saver, checkpoints, load_checkpoint, load_latest, save_checkpoint
+from vlp.checkpoint import Saver, checkpoints, load_checkpoint, load_latest, save_checkpoint, set_aside
 
 
 def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -169,4 +169,19 @@ def test_other_users_may_read_them(tmp_path: Path) -> None:
 def test_no_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
     assert load_latest(tmp_path) is None
     (tmp_path / "step-00000001").mkdir()
-    assert load_latest(tmp_path) is None
+    with pytest.raises(BundleError, match="all 1 checkpoints are damaged.*another --run-dir"):
+        load_latest(tmp_path)
+
+
+def test_damaged_newer_ones_never_push_out_a_new_one(tmp_path: Path) -> None:
+    """Two damaged ones sort behind what is saved next; put aside they stay, but count no more."""
+    for step in (200, 1000, 1200):
+        save(tmp_path, step, keep=3)
+    for step in (1000, 1200):
+        (tmp_path / f"step-{step:08d}" / "model.safetensors").write_bytes(b"")
+    assert save(tmp_path, 300) in checkpoints(tmp_path)
+    assert latest(tmp_path) == 300
+    set_aside(tmp_path, "step-00000300")
+    save(tmp_path, 400)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000300", "step-00000400"]
+    assert (tmp_path / "damaged-step-00001200").is_dir()
