@@ -57,11 +57,13 @@ class Guard:
 
     def state_dict(self) -> dict[str, object]:
         """Counts and recent losses: a resumed run refuses the same steps."""
-        return {"refused": self.refused, "in_a_row": self.in_a_row, "recent": list(self._recent)}
+        counts = {"refused": self.refused, "in_a_row": self.in_a_row, "rollbacks": self.rollbacks, "good": self._good}
+        return {**counts, "recent": list(self._recent)}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Continue from `state_dict`."""
         self.refused, self.in_a_row = int(str(state["refused"])), int(str(state["in_a_row"]))
+        self.rollbacks, self._good = int(str(state["rollbacks"])), int(str(state["good"]))
         recent = state["recent"]
         assert isinstance(recent, list)
         self._recent = deque(recent, maxlen=WINDOW)

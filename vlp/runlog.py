@@ -1,10 +1,12 @@
 """What a run leaves behind: env.json, metrics.jsonl, evals.jsonl, and the progress bar while it lasts."""
 
 import json
+import logging
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -14,8 +16,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from data_pipelines.files import write_atomic
 from vlp import distributed
 from vlp.loggers import TENSORBOARD, Loggers
+
+log = logging.getLogger(__name__)
 
 STATUS = "status.json"
 RunState = Literal["finished", "interrupted", "failed"]
@@ -75,21 +80,37 @@ class RunLog:
         self._loggers = Loggers(folder, loggers)
         self._running = False
         self.folder = folder
+        self.failed = 0
+        """Writes that failed."""
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Replace `name` by one JSON object."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / name).write_text(
-            json.dumps(content, indent=2, ensure_ascii=False, default=str), encoding="utf-8"
-        )
+        text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+        write_atomic(self.folder / name, lambda file: file.write(text.encode()))
+
+    @contextmanager
+    def tolerant(self, name: str) -> Iterator[None]:
+        """A full disk is named and counted, but does not end a run: only checkpoints that cannot be saved do."""
+        try:
+            yield
+        except OSError as error:
+            self.failed += 1
+            log.error("%s not written (%s); the run goes on", self.folder / name, error)
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Add one line, with its `step`, to a JSON-lines file."""
-        if not self._running:
-            self._running = True
-            self.write(STATUS, {"state": "running", "pid": os.getpid(), "host": platform.node(), "since": now()})
-        with (self.folder / name).open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+        path = self.folder / name
+        with self.tolerant(name):
+            if not self._running:
+                self.write(STATUS, {"state": "running", "pid": os.getpid(), "host": platform.node(), "since": now()})
+                self._running = True
+            size = path.stat().st_size if path.is_file() else 0
+            try:
+                with path.open("a", encoding="utf-8") as handle:
+                    handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+            except OSError:
+                os.truncate(path, size)  # half a line would spoil the next one
+                raise
         self._loggers.write(name, row)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
@@ -113,7 +134,7 @@ class RunLog:
         kept = [row for row in rows if row["step"] <= step]
         if (self.folder / name).is_file():
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-            (self.folder / name).write_text(text, encoding="utf-8")
+            write_atomic(self.folder / name, lambda file: file.write(text.encode()))
 
     def close(self, state: RunState, note: str = "") -> None:
         """Note how the run ended and close the dashboards; does nothing on ranks above 0."""
@@ -121,7 +142,8 @@ class RunLog:
             return
         self._loggers.close(state)
         self._running = False
-        self.write(STATUS, {"state": state, "time": now(), "note": note})
+        with self.tolerant(STATUS):
+            self.write(STATUS, {"state": state, "time": now(), "note": note})
 
 
 def training_bar(enabled: bool) -> Progress:

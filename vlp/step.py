@@ -158,13 +158,13 @@ def _clamp_scale(run: Run) -> None:
 def _refuse(run: Run, batch: Batch, reason: str, loss: float) -> None:
     """Leave the weights as they are, and write down which samples it was."""
     keys = [key for part in distributed.from_all_ranks(batch.keys) for key in part]
-    row: dict[str, Any] = {"step": run.step, "reason": reason, "loss": str(loss), "keys": keys}
+    row: dict[str, Any] = {"step": run.step + 1, "reason": reason, "loss": str(loss), "keys": keys}
     if distributed.rank() == 0:
         run.log.append("refused.jsonl", row)
-    log.warning("step %d refused: %s (loss %g); weights unchanged, keys in refused.jsonl", run.step, reason, loss)
+    log.warning("step %d refused: %s (loss %g); weights unchanged, keys in refused.jsonl", run.step + 1, reason, loss)
     limit = run.recipe.run.max_bad_steps
     if run.guard.in_a_row >= limit and run.recipe.run.on_bad_steps == "stop":
         raise PipelineError(
-            f"{limit} steps in a row refused up to step {run.step} ({reason}), keys in {run.log.folder}/refused.jsonl: "
+            f"{limit} steps in a row refused up to step {run.step + 1} ({reason}), see {run.log.folder}/refused.jsonl: "
             "lower optim.lr, use run.precision=fp32, or let it go back by run.on_bad_steps=rollback"
         )

@@ -161,7 +161,7 @@ def test_three_in_a_row_go_back_to_the_last_checkpoint(
     assert torch.equal(weights[7], weights[10]), "refused"
     assert not torch.equal(weights[5], weights[7])
     assert not torch.equal(weights[11], weights[12])
-    assert [row["step"] for row in RunLog(tmp_path / "run").rows("refused.jsonl")] == [7, 8, 9]
+    assert [row["step"] for row in RunLog(tmp_path / "run").rows("refused.jsonl")] == [8, 9, 10]
 
 
 def test_going_back_without_end_is_an_error(

@@ -134,7 +134,7 @@ def test_a_bad_step_changes_no_weight_and_three_in_a_row_stop(micro_recipe: Make
     with pytest.raises(PipelineError, match="3 steps in a row"):
         train_step(run, batch)
     refused = run.log.rows("refused.jsonl")
-    assert [row["step"] for row in refused] == [0, 1, 2]
+    assert [row["step"] for row in refused] == [1, 2, 3]
     assert refused[0]["keys"] == list(batch.keys)
 
 

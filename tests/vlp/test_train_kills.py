@@ -143,4 +143,4 @@ def test_bad_losses_never_reach_the_weights(micro_recipe: Make, tmp_path: Path, 
         same = all(torch.equal(before[key], value) for key, value in run.model.state_dict().items())
         assert same == (step in bad), step
     assert run.guard.refused == count
-    assert [row["step"] for row in run.log.rows("refused.jsonl")] == sorted(bad)
+    assert [row["step"] for row in run.log.rows("refused.jsonl")] == [step + 1 for step in sorted(bad)]
