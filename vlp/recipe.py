@@ -18,6 +18,7 @@ from data_pipelines.loader import DataConfig
 from data_pipelines.shard_set import Train
 from vlp.distributed import Strategy
 from vlp.evals import check_options
+from vlp.loggers import flat
 from vlp.models import ModelConfig
 from vlp.objectives import base as objectives
 from vlp.optim import OptimConfig
@@ -250,6 +251,34 @@ def _entry(items: list[Any], number: str, override: str) -> Any:
     if not number.isdigit() or int(number) >= len(items):
         raise ConfigError(f"override {override!r}: {number!r} is no entry of a list of {len(items)}")
     return items[int(number)]
+
+
+FIXED = ("tokenizer", "model", "objective", "optim", "run.seed", "run.precision", "run.sizes")
+"""What decides where a run goes and must stay when it is resumed; of `data` the loader's state decides by content."""
+
+
+def check_resumable(recipe: Recipe, path: Path) -> None:
+    """Raise ConfigError where `recipe` would take a run elsewhere than the one saved in `path`, with which it began.
+
+    Its length, evaluations, what is saved and logged, and how the work is done may change.
+    """
+    before, after = (_deciding(one) for one in (load_recipe(str(path)), recipe))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            raise ConfigError(
+                f"{key}: the run began with {before.get(key)!r} and cannot be resumed with {after.get(key)!r}: leave "
+                f"it as in {path}, or start another run from the weights by model.weights={path.parent}"
+            )
+
+
+def _deciding(recipe: Recipe) -> dict[str, Any]:
+    """Dotted key -> value of all that must not change, defaults of the objective filled in."""
+    _, options = objectives.load(recipe.objective)
+    settings = recipe.model_dump(mode="json")
+    settings["objective"] = {"name": recipe.objective["name"], **options.model_dump(mode="json")}
+    settings["optim"].pop("accumulate")  # other ways to the same result
+    settings["objective"].pop("exchange", None)
+    return {key: value for key, value in flat(settings).items() if key.startswith(FIXED)}
 
 
 def dump(recipe: Recipe) -> str:
