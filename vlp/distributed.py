@@ -291,22 +291,19 @@ def load_full_state(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor])
 
 
 def full_optimizer_state(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """`<parameter>.<entry>` -> whole tensor; all ranks must ask."""
+    """`<parameter>.<entry>` -> whole tensor; all ranks must ask. Plain numbers are `optim.numbers_of`'s."""
     return {
-        f"{name}.{entry}": whole(value) if isinstance(value, Tensor) else torch.tensor(value)
+        f"{name}.{entry}": whole(value)
         for name, parameter in named.items()
         for entry, value in optimizer.state.get(parameter, {}).items()
-        if value is not None
+        if isinstance(value, Tensor)
     }
 
 
 def load_full_optimizer_state(
-    optimizer: torch.optim.Optimizer,
-    named: Mapping[str, nn.Parameter],
-    values: Mapping[str, Tensor],
-    counts: Iterable[Mapping[str, Any]] = (),
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
 ) -> None:
-    """Put back what `full_optimizer_state` gave, and into every group its `counts`.
+    """Put back what `full_optimizer_state` gave.
 
     Averages take their parameter's memory layout: the fused update walks raw memory, so a channels-last weight beside a
     contiguous average would be updated with the wrong numbers, silently.
@@ -323,8 +320,6 @@ def load_full_optimizer_state(
             own = value.clone()
         state.setdefault(numbers[id(like)], {})[entry] = own
     groups = optimizer.state_dict()["param_groups"]
-    for group, count in zip(groups, counts, strict=False):
-        group |= count
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

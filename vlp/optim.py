@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,8 @@ BLOCKS = re.compile(r"\b(?:resblocks|blocks|layers?|stages|layer(?=\d))\.?(\d+)"
 BELOW = (
     "conv1",
     "bn1",
+    "visual.conv",
+    "visual.bn",
     "stem",
     "patch_embed",
     "embedding",
@@ -28,21 +30,27 @@ BELOW = (
     "ln_pre",
     "norm_pre",
 )
-"""Names of what lies below the first block."""
+"""Names of what lies below the first block; open_clip's ResNets have three convolutions there."""
+UNDECAYED = ("embedding", "pos_embed", "cls_token", "reg_token")
+"""Names of tables and tokens, which have two dimensions or more but are no matrices."""
+NOT_RESUMED = ("adahessian", "bnb", "fused", "kron")
+"""Beginnings of timm's names that are refused: second derivatives, GPU packages of others whose state we cannot try,
+and lists in the state."""
 
 
 class OptimConfig(StrictModel):
     """How weights are updated."""
 
     name: str = "adamw"
-    """`adamw` is torch's, fused; any other name is one of timm's optimisers, such as lion, lamb, adopt, muon, sgd."""
+    """`adamw` is torch's, fused; any other name is one of timm's optimisers, such as lion, lamb, adopt, muon, sgd; some
+    of them cannot be resumed and are refused."""
     options: dict[str, Any] = {}
     """Further arguments of that optimiser."""
     lr: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.1
-    """On matrices and convolutions; never on biases, norms, scales and embedding tables."""
+    """On matrices and convolutions; never on biases, norms, scales, embedding tables, positions and tokens."""
     layer_decay: float = Field(1.0, gt=0, le=1)
     """Each block of a tower learns at this multiple of the rate of the block above it; 1 = all alike."""
     warmup: int = Field(50, ge=0)
@@ -80,16 +88,24 @@ def build_optimizer(model: nn.Module, objective: nn.Module, config: OptimConfig)
     try:
         if config.name == "adamw":
             return torch.optim.AdamW(groups, **({"fused": True} | settings))
-        ensure_torchvision()
+        if config.name not in (known := names()):
+            state = "cannot be saved and resumed" if config.name.startswith(NOT_RESUMED) else "is unknown"
+            raise ConfigError(f"optim.name: {config.name!r} {state}; known: {', '.join(known)}")
         from timm import optim
 
-        if config.name not in optim.list_optimizers():  # type: ignore[attr-defined]
-            known = ", ".join(map(str, optim.list_optimizers()))  # type: ignore[attr-defined]
-            raise ConfigError(f"optim.name: {config.name!r} is unknown; known: adamw, {known}")
         made: torch.optim.Optimizer = optim.create_optimizer_v2(groups, opt=config.name, **settings)  # type: ignore[attr-defined]
         return made
-    except (TypeError, ImportError, AssertionError) as error:
+    except (TypeError, ImportError, AssertionError, IndexError) as error:
         raise ConfigError(f"optim.name={config.name}, optim.options={config.options}: {error}") from error
+
+
+def names() -> list[str]:
+    """All optimisers, adamw first: those whose state is saved and read back bit for bit."""
+    ensure_torchvision()
+    from timm import optim
+
+    found = [str(name) for name in optim.list_optimizers()]  # type: ignore[attr-defined]
+    return ["adamw", *(name for name in found if name != "adamw" and not name.startswith(NOT_RESUMED))]
 
 
 def parameter_groups(model: nn.Module, objective: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
@@ -98,7 +114,7 @@ def parameter_groups(model: nn.Module, objective: nn.Module, config: OptimConfig
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for module in (model, objective):
         for name, parameter in module.named_parameters():
-            decay = config.weight_decay if parameter.ndim >= 2 and "embedding" not in name else 0.0
+            decay = config.weight_decay if parameter.ndim >= 2 and not _has(name, UNDECAYED) else 0.0
             scale = scales[name] if module is model else 1.0
             groups.setdefault((decay, scale), []).append(parameter)
     return [
@@ -120,10 +136,14 @@ def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:
         tower = [name for name in names if name.startswith("visual.") == image]
         blocks = sorted({places[name] for name in tower if places[name]})
         for name in tower:
-            below = not places[name] and any(word in name for word in BELOW)
+            below = not places[name] and _has(name, BELOW) and not _has(name, ("attnpool", "attn_pool"))
             depth = len(blocks) + 1 if below else len(blocks) - blocks.index(places[name]) if places[name] else 0
             scales[name] = decay**depth
     return scales
+
+
+def _has(name: str, words: Iterable[str]) -> bool:
+    return any(word in name for word in words)
 
 
 def learning_rate(step: int, total: int, config: OptimConfig) -> float:
@@ -154,10 +174,13 @@ class Ema:
     """Running average of a model's floating-point state; holds a copy of it."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """Starts at the model's present state."""
+        """Starts at the model's present state; in float32, for in bfloat16 the small moves round away."""
         self.decay = decay
         self.updates = 0
-        self.shadow = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        self.shadow = {
+            key: value.detach().to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
+            for key, value in model.state_dict().items()
+        }
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -169,12 +192,33 @@ class Ema:
         for key, value in model.state_dict().items():
             if value.is_floating_point():
                 averaged.append(distributed.local(self.shadow[key]))
-                current.append(distributed.local(value))
+                current.append(distributed.local(value).float())
             else:
                 self.shadow[key].copy_(value)
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
 
-def group_counts(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The steps that some optimisers count in their groups instead of beside every parameter."""
-    return [{key: value for key, value in group.items() if key == "step"} for group in optimizer.param_groups]
+def numbers_of(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """What an optimiser holds beside the tensors of its parameters, for JSON: `<parameter>` -> its plain numbers, and
+    what its group counts. By parameter, for the groups differ with the ranks and the strategy."""
+    ours = {"params", "lr_scale", *optimizer.defaults}
+    found: dict[str, Any] = {}
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in named.items():
+        state = {k: v for k, v in optimizer.state.get(parameter, {}).items() if not isinstance(v, Tensor)}
+        counts = {k: v for k, v in groups[id(parameter)].items() if k not in ours}
+        if state or counts:
+            tensors = {k: {"tensor": v.tolist()} for k, v in counts.items() if isinstance(v, Tensor)}
+            found[name] = {"state": state, "group": counts | tensors}
+    return found
+
+
+def load_numbers(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], numbers: Mapping[str, Any]
+) -> None:
+    """Put back what `numbers_of` gave, after the tensors."""
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for name, item in numbers.items():
+        optimizer.state[named[name]].update(item["state"])
+        for key, value in item["group"].items():
+            groups[id(named[name])][key] = torch.tensor(value["tensor"]) if isinstance(value, dict) else value
