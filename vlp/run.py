@@ -15,18 +15,19 @@ from data_pipelines.errors import ConfigError, PipelineError
 from data_pipelines.ledger import Ledger
 from data_pipelines.loader import Loader, make_loader, open_set
 from data_pipelines.reader import Sample
+from data_pipelines.shard_set import ShardSet
 from data_pipelines.stream import stored
 from data_pipelines.tokens import Tokenizer, TokenizerConfig, clip_tokenizer, learn_tokenizer
 from vlp import __version__, distributed
 from vlp.bundle import VOCABULARY, Bundle, Provenance, check_start, load_tokenizer
-from vlp.checkpoint import Saver, load_latest
+from vlp.checkpoint import Saver, load_latest, set_aside
 from vlp.flops import StepFlops
 from vlp.frozen import FeatureLoader, FrozenHeads, trunks_frozen
 from vlp.guard import Guard
 from vlp.models import build_model, hf_folder, instantiate, locking, resolve_config
 from vlp.models.lean import LeanModel
 from vlp.objectives import base as objectives
-from vlp.optim import Ema, build_optimizer, group_counts
+from vlp.optim import Ema, build_optimizer, load_numbers, numbers_of
 from vlp.recipe import Recipe
 from vlp.runlog import RunLog, now, revision
 
@@ -104,6 +105,7 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
         torch.set_num_threads(max(1, threads))
     torch.manual_seed(recipe.run.seed)
     device = distributed.pick_device(recipe.run.device)
+    _check_evals(recipe)
     tokenizer = make_tokenizer(recipe)
     image, choice = recipe.data.image, recipe.tokenizer
     if recipe.model.weights:
@@ -144,6 +146,17 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
         device=device,
         total=total,
     )
+
+
+def _check_evals(recipe: Recipe) -> None:
+    """Raise ConfigError for evaluations without data: now, and not after hours of training."""
+    for number, item in enumerate(recipe.evals):
+        try:
+            shards = ShardSet(item.data)
+        except (PipelineError, OSError) as error:
+            raise ConfigError(f"evals.{number}.data={item.data}: {error}") from error
+        if not len(shards):
+            raise ConfigError(f"evals.{number}.data={item.data}: the shards hold no sample")
 
 
 def _check_effects(recipe: Recipe, flops: StepFlops, frozen: bool) -> None:
@@ -200,10 +213,11 @@ def save(run: Run, wait: bool = False) -> None:
     if distributed.rank() > 0:
         return
     run.account = account.report()
-    run.log.write("ledger.json", run.account)
+    with run.log.tolerant("ledger.json"):
+        run.log.write("ledger.json", run.account)
     state = {
         "loader": run.loader.state_dict(),
-        "optimizer": group_counts(run.optimizer),
+        "optimizer": numbers_of(run.optimizer, _named(run)),
         "guard": run.guard.state_dict(),
         "seconds": run.seconds,
         "ema_updates": run.ema.updates if run.ema else 0,
@@ -224,11 +238,13 @@ def _newest(run: Run) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any
             f"the ranks see different checkpoints in {run.folder.absolute()} ({seen}): the folder has to be shared by "
             "all machines, and readable"
         )
+    if found and distributed.rank() == 0:  # all have read
+        set_aside(run.folder / "checkpoints", found[1]["name"])
     return found
 
 
 def restore(run: Run) -> None:
-    """Continue from the newest whole checkpoint; from the start if there is none."""
+    """Continue from the newest whole checkpoint; from the start if there is none at all."""
     found = _newest(run)
     if found is None:
         return
@@ -241,6 +257,7 @@ def restore(run: Run) -> None:
     if distributed.rank() == 0:
         run.loader.ledger.add(run.account)
     run.step, run.seconds = int(state["step"]), float(state["seconds"])
+    locking.apply(run.model, run.recipe.model, run.step / run.total)
 
 
 def roll_back(run: Run) -> int | None:
@@ -261,7 +278,8 @@ def roll_back(run: Run) -> int | None:
 
 def _load_weights(run: Run, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
     distributed.load_full_state(run.model.state_dict(), tensors["model"])
-    distributed.load_full_optimizer_state(run.optimizer, _named(run), tensors["optimizer"], state["optimizer"])
+    distributed.load_full_optimizer_state(run.optimizer, _named(run), tensors["optimizer"])
+    load_numbers(run.optimizer, _named(run), state["optimizer"])
     distributed.load_full_state(run.objective.state_dict(), tensors.get("objective", {}))
     if run.ema is not None:
         run.ema.updates = int(state["ema_updates"])
@@ -277,7 +295,7 @@ def current_bundle(run: Run) -> Bundle:
     """The averaged weights if there are any, else the present ones, ready for inference; every rank must call it."""
     weights = distributed.full_state(run.model.state_dict() if run.ema is None else run.ema.shadow)
     if run.recipe.run.strategy == "ddp":
-        model = copy.deepcopy(run.model)
+        model = copy.deepcopy(run.model).float()  # averages are finer than the weights may be
     else:  # a sharded model cannot be copied
         with torch.random.fork_rng():
             model = instantiate(run.model_cfg)
@@ -291,5 +309,5 @@ def current_bundle(run: Run) -> Bundle:
         steps=run.step,
         samples=run.step * run.recipe.data.batch_size,
     )
-    model = model.to(memory_format=torch.contiguous_format).float().eval()  # type: ignore[call-overload]
+    model = model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     return Bundle(run.folder.name, model, run.model_cfg, run.recipe.data.image, run.tokenizer, provenance)

@@ -1,6 +1,8 @@
 """The trainer's loop: steps, metrics, evaluations, checkpoints, signals, and a bundle at the end."""
 
 import logging
+import math
+import shlex
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -15,18 +17,20 @@ from data_pipelines.console import progress
 from data_pipelines.errors import ConfigError, PipelineError
 from vlp import distributed, evals
 from vlp.bundle import Bundle, save_bundle
+from vlp.checkpoint import checkpoints
 from vlp.flops import device_peak, mfu
 from vlp.frozen import FeatureLoader
 from vlp.launch import local_ranks
 from vlp.models import locking
 from vlp.phases import Recorder, phase, recording
-from vlp.recipe import Recipe, dump
+from vlp.recipe import Recipe, check_resumable, dump
 from vlp.run import Run, current_bundle, prepare, restore, roll_back, save
 from vlp.runlog import RunState, bar_note, environment, training_bar
 from vlp.step import train_step
 
 log = logging.getLogger(__name__)
 
+RECIPE = "recipe.yaml"
 MAX_ROLLBACKS = 3
 """Times a run may go back before it has to get on well."""
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -36,8 +40,9 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class Interrupted(PipelineError):
     """The run was asked to stop; everything is saved."""
 
-    def __init__(self, step: int, folder: Path, signal_number: int) -> None:
-        super().__init__(f"stopped at step {step} and saved; the same command with --resume continues (run {folder})")
+    def __init__(self, state: str, folder: Path, signal_number: int) -> None:
+        command = shlex.join(["vlp", "train", str(folder / RECIPE), "--run-dir", str(folder), "--resume"])
+        super().__init__(f"stopped {state}; to continue: {command}")
         self.signal_number = signal_number
 
 
@@ -47,8 +52,10 @@ def train(recipe: Recipe, folder: Path, resume: bool = False, show: bool = True)
         raise ConfigError(f"{folder} holds a run already: continue it with --resume, or choose another --run-dir")
     if distributed.env_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
-    with local_ranks(processes(recipe), folder, resume), distributed.left_at_the_end(), _signals() as received:
+        if resume and checkpoints(folder / "checkpoints") and (folder / RECIPE).is_file():
+            check_resumable(recipe, folder / RECIPE)
+        (folder / RECIPE).write_text(dump(recipe), encoding="utf-8")
+    with local_ranks(processes(recipe), folder, resume), distributed.left_at_the_end(), _signals(folder) as received:
         distributed.set_up(recipe.run.device)
         folder = distributed.from_all_ranks(folder)[0]  # named by the clock, it is another one on every rank
         run = prepare(recipe, folder)
@@ -89,7 +96,9 @@ def _noted(run: Run) -> Iterator[None]:
         note = str(error)
         if isinstance(error, PipelineError) and state == "failed":  # too many bad samples: which, as this rank knows
             rank = distributed.rank()
-            run.log.write(f"ledger-rank{rank}.json" if rank else "ledger.json", run.loader.ledger.report())
+            name = f"ledger-rank{rank}.json" if rank else "ledger.json"
+            with run.log.tolerant(name):
+                run.log.write(name, run.loader.ledger.report())
         raise
     finally:
         run.log.close(state, note)
@@ -112,6 +121,9 @@ def _open_log(run: Run) -> None:
 def _loop(run: Run, received: Callable[[], int], show: bool) -> None:
     every = run.recipe.run.save_steps(run.loader.plan.steps)
     saved = time.monotonic()
+    received()  # from here on a signal waits for the end of a step
+    if run.step:
+        _evaluate(run)  # what was due when the run was stopped
     with training_bar(show) as bar, recording(Recorder()) as recorder, closing(_batches(run)) as batches:
         task = bar.add_task("training", total=run.total, completed=run.step, note="")
         recorder.step()
@@ -122,16 +134,20 @@ def _loop(run: Run, received: Callable[[], int], show: bool) -> None:
             note = bar_note(values["loss"], values["samples_per_second"], values["data_wait"], values.get("mfu"))
             bar.update(task, completed=run.step, note=note)
             _go_back_if_due(run)
-            best = _note(run, values)
+            if distributed.rank() == 0 and (run.step % run.recipe.run.log_every == 0 or run.step == run.total):
+                run.log.append("metrics.jsonl", {"step": run.step, "seconds": round(run.seconds, 2), **values})
             minutes = run.recipe.run.save_minutes
             late = bool(minutes) and time.monotonic() - saved > 60 * minutes
             stop, late = distributed.any_rank((bool(received()), late), run.device)
             last = run.step >= run.total
-            if stop or last or best or late or any(run.step % steps == 0 for steps in every):
+            due = stop or last or late or any(run.step % steps == 0 for steps in every)
+            if due:  # before the evaluations: they may take long, or fail
                 save(run, wait=stop or last)
                 saved = time.monotonic()
-            if stop and not last:
-                raise Interrupted(run.step, run.folder, received() or signal.SIGTERM)
+            if stop:
+                raise Interrupted(f"at step {run.step} and saved", run.folder, received() or signal.SIGTERM)
+            if _evaluate_or_save(run, due):
+                saved = time.monotonic()
             recorder.step()  # evaluations and saves are no part of a step
 
 
@@ -172,23 +188,38 @@ def _go_back_if_due(run: Run) -> None:
     log.warning("step %d: back to the weights of step %d; the data goes on", run.step, step)
 
 
-def _note(run: Run, values: dict[str, float]) -> bool:
-    """Metrics and evaluations that are due at this step, on every rank; whether an evaluation was the best so far."""
-    settings, lead = run.recipe.run, distributed.rank() == 0
-    if lead and (run.step % settings.log_every == 0 or run.step == run.total):
-        run.log.append("metrics.jsonl", {"step": run.step, "seconds": round(run.seconds, 2), **values})
+def _evaluate_or_save(run: Run, saved: bool) -> bool:
+    """Evaluations due at this step; saves the best so far, and before an error, unless that is done. Whether it did."""
+    try:
+        best = _evaluate(run)
+    except PipelineError:  # raised on all ranks alike
+        if not saved:
+            save(run, wait=True)
+        raise
+    if best and not saved:
+        save(run)
+    return best and not saved
+
+
+def _evaluate(run: Run) -> bool:
+    """Evaluations due at this step, on every rank; whether one was the best so far.
+
+    A resumed run may find those of its first step written down already.
+    """
     due = [item for item in run.recipe.evals if (item.every and run.step % item.every == 0) or run.step == run.total]
     if not due:
         return False
-    found = evals.evaluate_all(current_bundle(run), due)
-    if lead:
+    known = [row for row in run.log.rows("evals.jsonl") if row["step"] == run.step]
+    known = distributed.from_all_ranks(known)[0]
+    found = known[-1] if known else evals.evaluate_all(current_bundle(run), due)
+    if distributed.rank() == 0 and not known:
         run.log.append("evals.jsonl", {"step": run.step, **found})
-    name = settings.keep_best
+    name = run.recipe.run.keep_best
     if name is None or name.partition("/")[0] not in [item.name for item in due]:
         return False
     if name not in found:
         raise ConfigError(f"run.keep_best={name!r} is no metric of the evaluations; there are: {', '.join(found)}")
-    if run.best and found[name] <= run.best["value"]:
+    if math.isnan(found[name]) or (run.best and found[name] <= run.best["value"]):
         return False
     run.best = {"metric": name, "step": run.step, "value": found[name]}
     return True
@@ -215,18 +246,29 @@ def _finish(run: Run, trained: Bundle) -> dict[str, Any]:
 
 
 @contextmanager
-def _signals() -> Iterator[Callable[[], int]]:
-    """Remember signals instead of dying in the middle of a step; a second Ctrl-C acts at once."""
+def _signals(folder: Path) -> Iterator[Callable[[], int]]:
+    """Remember signals instead of dying in the middle of a step; a second Ctrl-C acts at once.
+
+    Until the loop asks for the first time nothing can be lost, so a signal ends the run there and then.
+    """
     caught: list[int] = []
+    training = False
 
     def remember(number: int, _frame: object) -> None:
         caught.append(number)
         if caught.count(signal.SIGINT) > 1:
             signal.default_int_handler(number, None)
+        if not training:
+            raise Interrupted("before the first step", folder, number)
+
+    def received() -> int:
+        nonlocal training
+        training = True
+        return caught[0] if caught else 0
 
     before = {number: signal.signal(number, remember) for number in STOPPING}
     try:
-        yield lambda: caught[0] if caught else 0
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
