@@ -105,8 +105,8 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
         torch.set_num_threads(max(1, threads))
     torch.manual_seed(recipe.run.seed)
     device = distributed.pick_device(recipe.run.device)
-    _check_evals(recipe)
     tokenizer = make_tokenizer(recipe)
+    _check_evals(recipe)
     image, choice = recipe.data.image, recipe.tokenizer
     if recipe.model.weights:
         check_start(recipe.model.weights, tokenizer, image)
@@ -167,7 +167,7 @@ def _check_effects(recipe: Recipe, flops: StepFlops, frozen: bool) -> None:
     idle = [f"{name}={value}" for name, value in given.items() if value]
     if frozen and idle:
         raise ConfigError(f"{idle[0]} has no effect with both trunks frozen, whose features are computed once")
-    for side in run.sizes.values():
+    for side in (side for side in run.sizes.values() if side < recipe.data.image.size):  # larger ones change nothing
         try:
             flops.sample(side, recipe.tokenizer.context_length)
         except (RuntimeError, AssertionError, ValueError) as error:

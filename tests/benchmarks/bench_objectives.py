@@ -6,6 +6,8 @@ small, so that what a loss costs shows more than beside larger ones. One thread,
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -115,13 +117,25 @@ class Plain:
         return float(loss.detach())
 
 
-def objective_row(name: str, count: int, width: int, rounds: int) -> Row:
-    """Time of a step over that of plain CLIP's."""
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One thread and the trainer's route of float32 products; afterwards as before, for whatever runs next."""
+    threads, route = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(route)
+
+
+def objective_row(name: str, count: int, width: int, rounds: int) -> Row:
+    """Time of a step over that of plain CLIP's."""
     batch = batch_of(name, count)
     ours, plain = Step(name, batch, width), Plain(name, batch, width)
-    taken = take_turns({"ours": cpu(ours), "plain": cpu(plain)}, rounds)
+    with single_thread():
+        taken = take_turns({"ours": cpu(ours), "plain": cpu(plain)}, rounds)
     images, texts = PASSES.get(name, (1, 1))
     watched = " and ".join(
         f"{n} {kind}" for n, kind in zip(WATCHED.get(name, ()), ("picture", "text"), strict=False) if n
