@@ -127,7 +127,8 @@ def run_ranks(function: Callable[..., Any], world: int, arguments: Sequence[Any]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")  # imports are paid once, not by every rank
+    context.set_forkserver_preload(["vlp.distributed", "vlp.models"])
     queue = context.Queue()
     processes = [
         context.Process(target=_rank, args=(function, rank, world, port, queue, tuple(arguments)))

@@ -26,7 +26,7 @@ def clustered(rows: int, seed: int = 0) -> NDArray[np.float32]:
 
 @pytest.fixture(scope="module")
 def vectors() -> NDArray[np.float32]:
-    return clustered(16_000)
+    return clustered(12_000)
 
 
 @pytest.fixture(scope="module")

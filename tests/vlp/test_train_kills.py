@@ -25,7 +25,7 @@ from vlp.train import train
 
 Make = Callable[..., Recipe]
 INTERVAL = 5
-CAMPAIGN = pytest.mark.parametrize("kills", [6, pytest.param(200, marks=pytest.mark.slow)])
+CAMPAIGN = pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.slow)])
 TIMED = ("seconds", "samples_per_second", "data_wait", "mfu")
 
 
@@ -93,7 +93,7 @@ def test_kill_9_costs_at_most_one_interval_and_changes_nothing(micro_recipe: Mak
         kept = found[1]["step"] if found else 0
         assert kept >= before, "a checkpoint was lost"
         assert reached - kept < 2 * INTERVAL, "the last interval, and the one whose save was under way"
-    assert done >= min(kills, 5)
+    assert done >= min(kills, 4)
     train(load_recipe(str(recipe)), folder, resume=True, show=False)
     train(settings, tmp_path / "whole", show=False)
     assert curve(folder) == curve(tmp_path / "whole")
@@ -101,7 +101,7 @@ def test_kill_9_costs_at_most_one_interval_and_changes_nothing(micro_recipe: Mak
     assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
-@pytest.mark.parametrize("signals", [4, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("signals", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_scheduler_loses_no_step(micro_recipe: Make, tmp_path: Path, signals: int) -> None:
     """SIGTERM or SIGUSR1 at any moment, some twice: gone within ten seconds, the very last step saved."""
     chance = random.Random(signals)

@@ -255,7 +255,9 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that import torch once and then do one job after the other; when this one stops, runs save and stop."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=begin_worker)
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["vlp.train"])
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=begin_worker)
     try:
         yield pool
     except BaseException:
