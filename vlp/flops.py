@@ -72,6 +72,10 @@ class StepFlops:
         """Copies the model without its weights; training is not touched. `channels`: of its pictures."""
         self._channels = channels
         self._model = copy.deepcopy(model).to("meta").eval()
+        self._passes = {name: FROZEN if _frozen(getattr(model, name, None)) else TRAINED for name in ("visual", "text")}
+        self._model.requires_grad_(
+            False
+        )  # torch's counter fails on parameters that are expanded, as in attention pools
         self._known: dict[tuple[str, int], int] = {}
 
     def sample(self, side: int, length: int) -> int:
@@ -93,9 +97,8 @@ class StepFlops:
 
     def _tower(self, name: str, size: int) -> int:
         if (name, size) not in self._known:
-            passes = FROZEN if _frozen(getattr(self._model, name, None)) else TRAINED
             forward = self._image if name == "visual" else self._text
-            self._known[name, size] = passes * count(lambda: forward(size))
+            self._known[name, size] = self._passes[name] * count(lambda: forward(size))
         return self._known[name, size]
 
     def _image(self, side: int) -> None:

@@ -25,6 +25,7 @@ from vlp.flops import StepFlops
 from vlp.frozen import FeatureLoader, FrozenHeads, trunks_frozen
 from vlp.guard import Guard
 from vlp.models import build_model, hf_folder, instantiate, locking, resolve_config
+from vlp.models.layout import set_channels_last
 from vlp.models.lean import LeanModel
 from vlp.objectives import base as objectives
 from vlp.optim import Ema, build_optimizer, load_numbers, numbers_of
@@ -186,7 +187,7 @@ def _place(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
         model.to(torch.bfloat16)
         scale.data = scale.data.float()  # steps of 1e-3 would round away
     model.to(device)
-    return model.to(memory_format=torch.channels_last) if settings.channels_last else model  # type: ignore[call-overload]
+    return set_channels_last(model, device) if settings.channels_last else model
 
 
 def picture_side(recipe: Recipe, progress: float) -> int:

@@ -1,5 +1,6 @@
 """Every model config of open_clip builds and runs; on the meta device, where shapes are real and numbers are not."""
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,10 @@ import torch
 import transformers
 from timm.layers.drop import DropPath
 
+from data_pipelines.errors import ConfigError
+from vlp.flops import StepFlops
 from vlp.models import ModelConfig, build_model, resolve_config
+from vlp.models.layout import set_channels_last
 from vlp.recipe import dump, validate
 from vlp.runlog import RunLog
 from vlp.testing import MICRO
@@ -29,14 +33,14 @@ KINDS = (
 """One of every kind; test_every_config_of_open_clip takes all."""
 SMALL: dict[str, Any] = {
     "roberta": transformers.RobertaConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+        vocab_size=1000, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
     ),
     "xlm": transformers.XLMRobertaConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+        vocab_size=1000, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
     ),
-    "mt5": transformers.MT5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2),
+    "mt5": transformers.MT5Config(vocab_size=1000, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2),
     "nllb": transformers.M2M100Config(
-        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        vocab_size=1000, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
     ),
 }  # fmt: skip
@@ -96,6 +100,33 @@ def test_timm_towers_take_other_sizes(name: str, size: int, tmp_path: Path) -> N
         assert len(model.eval().encode_image(torch.zeros(2, 3, size, size))) == 2  # type: ignore[operator]
     fixed = name != "convnext_base"
     assert config["vision_cfg"].get("timm_model_args") == ({"img_size": size} if fixed else None)
+
+
+def test_a_text_tower_that_knows_fewer_words_than_the_tokenizer_is_refused(tmp_path: Path) -> None:
+    config = config_of("roberta-ViT-B-32", tmp_path)
+    with (
+        torch.device("meta"),
+        pytest.raises(ConfigError, match=r"has 1001 words, .*roberta' knows 1000: set tokenizer"),
+    ):
+        build_model(config, 224, 16, 1001)
+
+
+def test_flops_of_an_attention_pool_are_counted() -> None:
+    with torch.device("meta"):
+        model, _ = build_model(ModelConfig(name="PE-Core-T-16-384"), 64, 16, 320)
+    assert StepFlops(model).sample(64, 16) > 1e8
+
+
+@pytest.mark.parametrize("channels", [1, 3, 13])
+def test_a_narrow_strided_convolution_of_points_survives_channels_last(channels: int) -> None:
+    """As in MobileCLIP's stem; torch's own backward pass kills the process or writes beyond its memory."""
+    plain = torch.nn.Conv2d(channels, 64, 1, stride=2)
+    fast = set_channels_last(copy.deepcopy(plain), torch.device("cpu"))
+    pixels_BCHW = torch.randn(4, channels, 256, 256)
+    for model, layout in ((plain, torch.contiguous_format), (fast, torch.channels_last)):
+        model(pixels_BCHW.contiguous(memory_format=layout)).square().mean().backward()
+    torch.testing.assert_close(fast.get_parameter("weight").grad, plain.weight.grad)
+    assert fast.state_dict().keys() == plain.state_dict().keys()
 
 
 @pytest.mark.slow

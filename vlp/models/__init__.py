@@ -153,6 +153,8 @@ def build_model(
     if "hf_model_name" not in text_cfg:
         text_cfg["vocab_size"] = vocab_size
     model = instantiate(model_cfg)
+    if "hf_model_name" in text_cfg:
+        _check_words(model, text_cfg["hf_model_name"], vocab_size)
     if config.weights:
         load_model(model, model_cfg, config.weights, config.stem)
     if config.image_weights:
@@ -161,6 +163,15 @@ def build_model(
         load_text_tower(model, config.text_weights)
     locking.apply(model, config, 0.0)
     return model, model_cfg
+
+
+def _check_words(model: nn.Module, name: str, vocab_size: int) -> None:
+    words = int(model.get_submodule("text.transformer").get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    if vocab_size > words:
+        raise ConfigError(
+            f"the tokenizer has {vocab_size} words, the text tower {name!r} knows {words}: set tokenizer.kind=hf for "
+            f"the tower's own, or tokenizer.vocab_size to at most {words}"
+        )
 
 
 def _fit_inputs(vision_cfg: ModelDict, image_size: int, channels: int) -> None:
