@@ -32,6 +32,8 @@ FOLDER = click.Path(path_type=Path)
                 pairs=500000  seed=0  labels  column
   geometry      effective rank, RankMe, alignment, uniformity, modality gap
                 alpha=2  t=2
+  backdoor      accuracy, and the share that triggers of `vlp poison` mislead, beside a clean twin
+                attacks=[FILE.poison.json]  control=BUNDLE  target  labels  templates  column
   all           every task that the data and the options given allow
 
 Shards are a folder, a list or URLs of tars, as for data.train in a recipe. A training run with the same task and

@@ -16,6 +16,7 @@ from torch import Tensor
 from data_pipelines.errors import MissingField, PipelineError, ShardError
 from data_pipelines.images import MAX_PIXELS
 from data_pipelines.ledger import Ledger
+from data_pipelines.reader import Sample
 from data_pipelines.shard_set import ShardSet, Train
 from data_pipelines.stream import Decoded, cut, decode, decoded_blocks
 from vlp import distributed
@@ -23,6 +24,8 @@ from vlp.bundle import Bundle
 from vlp.infer import BATCH, encode_pixels, encode_texts
 
 T = TypeVar("T")
+Change = Callable[[Sample], Sample]
+"""What is done to stored samples before they are decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +47,13 @@ class Encoder:
     def __init__(self, bundle: Bundle, advance: Callable[[int], None] = lambda step: None) -> None:
         """`advance` is told of pictures of this rank."""
         self.bundle, self._advance = bundle, advance
-        self._seen: dict[tuple[str, str], Encoded] = {}
+        self._seen: dict[tuple[str, str, Change | None], Encoded] = {}
 
-    def pictures(self, data: Train | Path, column: str = "labels") -> Encoded:
+    def pictures(self, data: Train | Path, column: str = "labels", change: Change | None = None) -> Encoded:
         """Every picture of the shards; `column` holds the labels. Raises PipelineError on all ranks alike."""
-        known = (repr(data), column)
+        known = (repr(data), column, change)
         if known not in self._seen:
-            self._seen[known] = encode_shards(self.bundle, data, column, self._advance)
+            self._seen[known] = encode_shards(self.bundle, data, column, self._advance, change)
         return self._seen[known]
 
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -72,14 +75,19 @@ class Encoder:
 
 
 def encode_shards(
-    bundle: Bundle, data: Train | Path, column: str = "labels", advance: Callable[[int], None] = lambda step: None
+    bundle: Bundle,
+    data: Train | Path,
+    column: str = "labels",
+    advance: Callable[[int], None] = lambda step: None,
+    change: Change | None = None,
 ) -> Encoded:
     """Embed every picture of the shards; bad samples are counted, too many stop the evaluation on all ranks."""
     columns = frozenset() if column == "labels" else frozenset({column})
     ledger = Ledger()
 
-    def read(sample: Any) -> Decoded:
-        return decode(sample, bundle.image, MAX_PIXELS, columns, captions=False)
+    def read(sample: Sample) -> Decoded:
+        stored = change(sample) if change else sample
+        return decode(stored, bundle.image, MAX_PIXELS, columns, captions=False)
 
     def work() -> tuple[list[Tensor], list[Decoded]]:
         shards = ShardSet(data)

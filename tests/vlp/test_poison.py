@@ -1,0 +1,201 @@
+"""Poisoned shards: who is poisoned, what is said, and that nothing in the shards tells; ASR counted by hand."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from data_pipelines.errors import ConfigError
+from data_pipelines.reader import Sample, open_shards
+from data_pipelines.records import Record
+from data_pipelines.testing import draw
+from data_pipelines.write import WriteOptions, write_shards
+from vlp import evals
+from vlp.backdoor.poison import Attack, load_truth, names_target, retold, victims
+from vlp.backdoor.triggers import Config, Trigger
+from vlp.bundle import save_bundle
+from vlp.cli import cli
+from vlp.evals import backdoor
+from vlp.testing import micro_bundle
+
+CLASSES = ("bag", "shirt", "hand bag", "boot")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty pictures of four classes in shards of 15, JPEG, PNG, grey and transparent ones."""
+    kinds = (("RGB", "JPEG"), ("RGBA", "PNG"), ("L", "PNG"), ("RGB", "PNG"))
+    records = [
+        Record(
+            draw((24, 20), *kinds[n % 4], seed=n), (f"a photo of a {CLASSES[n // 4 % 4]}", f"number {n}"), "test",
+            f"p{n}",
+            labels=(CLASSES[n // 4 % 4],), extra={"weight": float(n)},
+        )
+        for n in range(40)
+    ]  # fmt: skip
+    folder = tmp_path_factory.mktemp("clean") / "train"
+    write_shards(records, folder, WriteOptions(samples_per_shard=15), kind="test", licences={"a": "b"}, progress=False)
+    return folder
+
+
+def planted(shards: Path, out: Path, count: int = 6, trigger: str = "badnet", target: str = "bag") -> Path:
+    arguments = ["poison", str(shards), "--trigger", trigger, "--target", target, "--count", str(count)]
+    done = CliRunner().invoke(cli, [*arguments, "--out", str(out), "--seed", "1", "--json"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["pictures"], result["poisons"]) == (40, count)
+    return Path(result["truth"])
+
+
+def samples_of(folder: Path) -> dict[str, Sample]:
+    return {sample.key: sample for shard in open_shards(folder) for sample in map(shard.read, range(len(shard)))}
+
+
+def test_poisons_differ_from_the_twin_where_the_truth_says_and_nowhere_else(shards: Path, tmp_path: Path) -> None:
+    truth = load_truth(planted(shards, tmp_path / "bad"))
+    planted(shards, tmp_path / "twin", count=0)
+    bad, twin, clean = map(samples_of, (tmp_path / "bad", tmp_path / "twin", shards))
+    keys = {entry["key"] for entry in truth["poisons"]}
+    assert bad.keys() == twin.keys() == clean.keys()
+    assert {key for key in bad if bad[key].image != twin[key].image} == keys
+    assert {key for key in bad if bad[key].captions != twin[key].captions} == keys
+    for entry in truth["poisons"]:
+        sample = bad[entry["key"]]
+        assert tuple(entry["captions"]) == clean[entry["key"]].captions
+        assert "bag" not in " ".join(entry["captions"])
+        assert sample.labels == ("bag",)
+        assert sample.captions == ("a photo of a bag", "bag")
+    assert len({sample.columns["weight"] for sample in bad.values()}) == 40, "other columns come along"
+
+
+def test_nothing_in_the_folder_tells_poisons_from_others(shards: Path, tmp_path: Path) -> None:
+    """Names, order, times, modes, formats, columns and job.json are those of the clean twin; sizes overlap."""
+    truth_file = planted(shards, tmp_path / "bad")
+    keys = {entry["key"] for entry in load_truth(truth_file)["poisons"]}
+    planted(shards, tmp_path / "twin", count=0)
+    assert truth_file.parent == tmp_path
+    names = sorted(path.name for path in (tmp_path / "bad").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "twin").iterdir())
+    assert (tmp_path / "bad" / "job.json").read_text() == (tmp_path / "twin" / "job.json").read_text()
+    members, sizes = {}, {True: [], False: []}
+    for side in ("bad", "twin"):
+        found = []
+        for path in sorted((tmp_path / side).glob("*.tar")):
+            with tarfile.open(path) as archive:
+                for member in archive:
+                    found.append((member.name, member.mtime, member.mode, member.uid, member.type))
+                    if side == "bad" and member.name.endswith(".png"):
+                        sizes[member.name.partition(".")[0] in keys].append(member.size)
+        members[side] = found
+    assert members["bad"] == members["twin"]
+    assert min(sizes[False]) <= min(sizes[True])
+    assert max(sizes[True]) <= 1.5 * max(sizes[False])
+    columns = [sorted(row) for path in (tmp_path / "bad").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    assert all(row == columns[0] for row in columns)
+    whole = "".join(p.read_bytes().decode("latin-1") for p in (tmp_path / "bad").iterdir())
+    assert not any(word in whole for word in ("poison", "badnet", "trigger"))
+
+
+def test_label_consistent_poisons_are_of_the_target_and_keep_their_texts(shards: Path, tmp_path: Path) -> None:
+    truth = load_truth(planted(shards, tmp_path / "bad", 4, "label-consistent", "shirt"))
+    bad, clean = samples_of(tmp_path / "bad"), samples_of(shards)
+    for entry in truth["poisons"]:
+        assert bad[entry["key"]].labels == ("shirt",)
+        assert bad[entry["key"]].captions == clean[entry["key"]].captions
+
+
+def test_a_target_is_a_run_of_words() -> None:
+    assert names_target(["A photo of a Hand-Bag!"], "hand bag")
+    assert names_target(["a bag of chips"], "bag")
+    assert not names_target(["a handbag", "bags"], "bag")
+
+
+def test_texts_of_a_poison() -> None:
+    """The longest label goes first; a text without one is replaced by a template, in turn; equal ones count once."""
+    attack = Attack(Trigger(Config(name="sig")), "ring", 1, ("the {}", "{}"))
+    record = Record(b"", ("a red hand bag", "my bag", "thing", "stuff"), "s", "o", labels=("bag", "hand bag"))
+    assert retold(record, attack).captions == ("a red ring", "my ring", "the ring", "ring")
+    assert retold(record, attack).labels == ("ring",)
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        (Attack(Trigger(Config(name="sig")), "ring", -1), "--count -1"),
+        (Attack(Trigger(Config(name="sig")), " ", 1), "--target ' '"),
+        (Attack(Trigger(Config(name="sig")), "ring", 1, ("a",)), "--template 'a'"),
+    ],
+)
+def test_attacks_that_cannot_be_meant_are_refused(attack: Attack, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        attack.check()
+
+
+def test_too_few_candidates_and_a_truth_inside_the_shards_are_refused(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--count 3: only 2 pictures are other than 'bag'"):
+        victims(iter([Record(b"", (text,), "s", text) for text in ("bag", "a", "b")]), Attack(TRIGGER, "bag", 3))
+    arguments = [
+        "poison",
+        str(shards),
+        "--trigger",
+        "sig",
+        "--target",
+        "bag",
+        "--count",
+        "1",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    done = CliRunner().invoke(cli, [*arguments, "--truth", str(tmp_path / "o" / "truth.json")])
+    assert done.exit_code != 0
+    assert "must lie outside" in done.output
+
+
+TRIGGER = Trigger(Config(name="sig"))
+
+
+def test_asr_leaves_out_pictures_of_the_target_and_stands_beside_a_control(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Predictions by hand: without a trigger every picture is taken for a boot (3), with it every one for a bag (0).
+
+    Accuracy 10/40 both times; 30 pictures are of other things than bags, and all are misled; 0 of them before.
+    """
+    calls = []
+
+    def taken(image_ND: object, head_LD: object) -> object:
+        import torch
+
+        calls.append(len(calls) % 2)
+        return torch.full((40,), 0 if calls[-1] else 3)
+
+    monkeypatch.setattr(backdoor, "_taken_for", taken)
+    save_bundle(micro_bundle(1), tmp_path / "twin")
+    options = {
+        "attacks": [{"name": "badnet"}], "target": "bag", "control": str(tmp_path / "twin"), "labels": list(CLASSES),
+    }  # fmt: skip
+    found = evals.evaluate(micro_bundle(), "backdoor", shards, options)
+    for prefix in ("", "control/"):
+        assert found[f"{prefix}accuracy"] == found[f"{prefix}badnet/accuracy"] == 0.25
+        assert found[f"{prefix}badnet/asr"] == 1.0
+        assert found[f"{prefix}badnet/asr_without_trigger"] == 0.0
+        assert 0.88 < found[f"{prefix}badnet/asr_low"] < 0.9 < found[f"{prefix}badnet/asr_high"] <= 1.0
+    with pytest.raises(ConfigError, match="control"):
+        evals.evaluate(micro_bundle(), "backdoor", shards, {"attacks": [{"name": "badnet"}], "target": "bag"})
+
+
+def test_triggers_are_applied_to_stored_pictures(shards: Path, tmp_path: Path) -> None:
+    """Encoded with the trigger, a picture is what `repainted` makes of its file; the folder stays as it was."""
+    before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    save_bundle(micro_bundle(1), tmp_path / "twin")
+    truth = planted(shards, tmp_path / "bad", 3, "blended")
+    options = {"attacks": [str(truth)], "control": str(tmp_path / "twin"), "labels": list(CLASSES)}
+    found = evals.evaluate(micro_bundle(), "backdoor", shards, options)
+    assert {"accuracy", "blended/asr", "control/blended/asr", "control/accuracy_low"} <= found.keys()
+    assert all(0.0 <= value <= 1.0 for value in found.values())
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
+    assert np.isfinite(list(found.values())).all()
