@@ -163,7 +163,8 @@ def test_asr_leaves_out_pictures_of_the_target_and_stands_beside_a_control(
 ) -> None:
     """Predictions by hand: without a trigger every picture is taken for a boot (3), with it every one for a bag (0).
 
-    Accuracy 10/40 both times; 30 pictures are of other things than bags, and all are misled; 0 of them before.
+    8 of 40 are boots, 12 bags; the 28 others than bags are all misled, none of them before. Wilson's lower end for 28 of
+    28: 28 / (28 + 1.96^2) = 0.879.
     """
     calls = []
 
@@ -180,10 +181,12 @@ def test_asr_leaves_out_pictures_of_the_target_and_stands_beside_a_control(
     }  # fmt: skip
     found = evals.evaluate(micro_bundle(), "backdoor", shards, options)
     for prefix in ("", "control/"):
-        assert found[f"{prefix}accuracy"] == found[f"{prefix}badnet/accuracy"] == 0.25
+        assert found[f"{prefix}accuracy"] == pytest.approx(0.2)
+        assert found[f"{prefix}badnet/accuracy"] == pytest.approx(0.3)
         assert found[f"{prefix}badnet/asr"] == 1.0
         assert found[f"{prefix}badnet/asr_without_trigger"] == 0.0
-        assert 0.88 < found[f"{prefix}badnet/asr_low"] < 0.9 < found[f"{prefix}badnet/asr_high"] <= 1.0
+        assert found[f"{prefix}badnet/asr_low"] == pytest.approx(0.8793, abs=1e-3)
+        assert found[f"{prefix}badnet/asr_high"] == pytest.approx(1.0)
     with pytest.raises(ConfigError, match="control"):
         evals.evaluate(micro_bundle(), "backdoor", shards, {"attacks": [{"name": "badnet"}], "target": "bag"})
 
