@@ -163,8 +163,8 @@ def test_asr_leaves_out_pictures_of_the_target_and_stands_beside_a_control(
 ) -> None:
     """Predictions by hand: without a trigger every picture is taken for a boot (3), with it every one for a bag (0).
 
-    8 of 40 are boots, 12 bags; the 28 others than bags are all misled, none of them before. Wilson's lower end for 28 of
-    28: 28 / (28 + 1.96^2) = 0.879.
+    8 of 40 are boots, 12 bags; the 28 others than bags are all misled, none of them before. Wilson's lower end for 28
+    of 28: 28 / (28 + 1.96^2) = 0.879.
     """
     calls = []
 
