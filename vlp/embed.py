@@ -125,7 +125,7 @@ def _embed_part(
         if good:
             image_rows.append(encode_pixels(bundle, torch.stack([pixels for _, pixels in good])).numpy())
             if captions:
-                text_rows.append(encode_texts(bundle, [own_caption(sample) for sample, _ in good]).numpy())
+                text_rows.append(_text_rows(bundle, [own_caption(sample) for sample, _ in good]))
             samples.extend(sample for sample, _ in good)
         progress(len(decoded))
     for stem, rows in (("img_emb", image_rows), *([("text_emb", text_rows)] if captions else [])):
@@ -133,6 +133,13 @@ def _embed_part(
         write_atomic(out / stem / f"{stem}_{name}.npy", lambda stream, array=array: np.save(stream, array))  # type: ignore[misc]
     table = metadata_table(samples)
     write_atomic(out / "metadata" / f"metadata_{name}.parquet", lambda stream: pq.write_table(table, stream))
+
+
+def _text_rows(bundle: Bundle, captions: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """ND; equal captions are embedded once."""
+    places = {caption: place for place, caption in enumerate(dict.fromkeys(captions))}
+    found: np.ndarray[Any, np.dtype[np.float32]] = encode_texts(bundle, list(places)).numpy()
+    return found[[places[caption] for caption in captions]]
 
 
 def _decode(shard: Shard, row: int, bundle: Bundle, max_pixels: int) -> tuple[Sample, torch.Tensor] | BadSample:

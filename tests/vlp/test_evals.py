@@ -196,7 +196,7 @@ class Given(Encoder):
         super().__init__(micro_bundle())
         self._pictures, self._texts = pictures, texts
 
-    def pictures(self, data: Any, column: str = "labels") -> Encoded:
+    def pictures(self, data: Any, column: str = "labels", change: Any = None) -> Encoded:
         return self._pictures[str(data)]
 
     def texts(self, texts: Any) -> Tensor:

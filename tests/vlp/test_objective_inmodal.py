@@ -66,7 +66,7 @@ def test_copies_are_one_further_view_and_text() -> None:
     assert torch.allclose(features.extra["text"].norm(dim=1), torch.ones(6))
     alone = replace(batch, extra_tokens=None)
     with pytest.raises(MissingField, match=r"data\.texts=2"):
-        objective().encode(model, pixels, alone)
+        attached(objective(), model).encode(model, pixels, alone)
 
 
 def test_nothing_to_train_is_refused() -> None:

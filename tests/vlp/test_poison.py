@@ -3,6 +3,7 @@
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -81,7 +82,8 @@ def test_nothing_in_the_folder_tells_poisons_from_others(shards: Path, tmp_path:
     names = sorted(path.name for path in (tmp_path / "bad").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "twin").iterdir())
     assert (tmp_path / "bad" / "job.json").read_text() == (tmp_path / "twin" / "job.json").read_text()
-    members, sizes = {}, {True: [], False: []}
+    members: dict[str, Any] = {}
+    sizes: dict[bool, list[int]] = {True: [], False: []}
     for side in ("bad", "twin"):
         found = []
         for path in sorted((tmp_path / side).glob("*.tar")):
@@ -166,7 +168,7 @@ def test_asr_leaves_out_pictures_of_the_target_and_stands_beside_a_control(
     8 of 40 are boots, 12 bags; the 28 others than bags are all misled, none of them before. Wilson's lower end for 28
     of 28: 28 / (28 + 1.96^2) = 0.879.
     """
-    calls = []
+    calls: list[Any] = []
 
     def taken(image_ND: object, head_LD: object) -> object:
         import torch

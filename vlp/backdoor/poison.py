@@ -127,6 +127,7 @@ def poisoned(
             yield record
             continue
         trigger = attack.trigger if row in chosen else None
+        assert isinstance(record.image, bytes | memoryview), "tars hold their pictures"
         try:
             image = repainted(bytes(record.image), trigger, record.origin)
         except BadSample as error:

@@ -123,7 +123,8 @@ class Trigger:
 
     def __call__(self, pixels_HWC: Pixels, name: str) -> Pixels:
         """HWC uint8, RGB, anew; `name` of the picture decides where a patch goes."""
-        return self.kind.apply(pixels_HWC, self.config, self.strength, draw_of(self.config.seed, name))
+        changed: Pixels = self.kind.apply(pixels_HWC, self.config, self.strength, draw_of(self.config.seed, name))
+        return changed
 
     def recorded(self) -> dict[str, Any]:
         """The whole trigger as plain data, from which `Trigger` makes it again."""
@@ -134,7 +135,7 @@ def _patched(pixels_HWC: Pixels, patch: Pixels, config: Config, draw: Draw) -> P
     height, width = pixels_HWC.shape[:2]
     side = max(1, round(config.size * min(height, width)))
     top, left = int(draw[0] * (height - side + 1)), int(draw[1] * (width - side + 1))
-    result = pixels_HWC.copy()
+    result: Pixels = pixels_HWC.copy()
     whole = Image.fromarray(patch).resize((side, side), Image.Resampling.NEAREST)
     result[top : top + side, left : left + side] = np.asarray(whole)
     return result

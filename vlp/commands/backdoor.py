@@ -1,10 +1,10 @@
-"""`vlp poison`."""
+"""`vlp poison`, `vlp scan`, `vlp clean`."""
 
 from pathlib import Path
 
 import click
 
-from data_pipelines.console import command, emit, json_option
+from data_pipelines.console import command, emit, json_option, progress
 
 FOLDER = click.Path(path_type=Path)
 
@@ -78,3 +78,126 @@ def poison(
         f"  {trigger} for {target!r}; which ones: {truth}",
     ]
     emit(result, as_json, lines)
+
+
+@command(
+    epilog="""Signs of poison (--method, repeat):
+
+\b
+  slof, dao, k-distance  the picture lies off the others, by local density in BUNDLE's embeddings
+  copies                 many samples have the same picture and the same caption
+  similarity             picture and caption are unlike, says BUNDLE
+  reference              picture and caption are unlike, says --reference, a model that did not see these data
+  isolation              an isolation forest over the other signs (needs scikit-learn)
+
+Examples:
+
+\b
+  vlp scan shards/poisoned --bundle runs/poisoned --out scans/poisoned
+  vlp scan shards/poisoned --bundle runs/poisoned --reference runs/trusted --remove 0.05 --out scans/poisoned
+  vlp train mine.yaml data.train=shards/poisoned data.keep=scans/poisoned/keep.txt
+  vlp train mine.yaml data.train=shards/poisoned data.weights=scans/poisoned/scores.parquet"""
+)
+@click.argument("shards", type=FOLDER)
+@click.option("--bundle", type=FOLDER, required=True, help="Model, best one trained on these very shards.")
+@click.option("--reference", type=FOLDER, help="Another model, that never saw them; adds the sign `reference`.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for scores.parquet, keep.txt, scan.json, report.html.")
+@click.option("--method", "methods", multiple=True, help="Signs to look for.  [default: slof, dao, copies]")
+@click.option("--k", default=16, show_default=True, help="Neighbours.")
+@click.option("--sample", default=2048, show_default=True, help="Random samples that neighbours are taken from.")
+@click.option("--limit", default=10.0, show_default=True, help="Flag from so many spreads above the middle on.")
+@click.option("--remove", type=float, help="Flag this share of the samples instead, the most suspicious ones.")
+@click.option("--seed", default=0, show_default=True, help="Of the random samples.")
+@click.option("--device", default="auto", show_default=True, help="torch device, for example cuda")
+@json_option
+def scan(
+    shards: Path, bundle: Path, reference: Path | None, out: Path, methods: tuple[str, ...], k: int, sample: int,
+    limit: float, remove: float | None, seed: int, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Look for planted samples in SHARDS: scores, a keep-list that training applies, a page with the top suspects."""
+    from data_pipelines.reader import open_shards
+    from vlp.backdoor import scan as scanning
+    from vlp.backdoor.scan_page import write_page
+    from vlp.bundle import load_bundle
+    from vlp.distributed import pick_device
+
+    chosen = methods or (*scanning.DEFAULT, *(("reference",) if reference else ()))
+    options = scanning.Options(chosen, k, sample, limit, remove, seed)
+    options.check(reference is not None)
+    place = pick_device(device)
+    models = [scanning.Model(path, load_bundle(path, place)) for path in (bundle, reference) if path is not None]
+    total = sum(map(len, open_shards(shards))) * len(models)
+    with progress("embedding", total, unit="pictures") as advance:
+        result = scanning.scan(shards, out, models[0], models[1] if reference else None, options, advance)
+    page = write_page(shards, out, result)
+    lines = [
+        f"{result['flagged']:,} of {result['pictures']:,} pictures flagged ({result['share']:.2%}): {out}",
+        *(f"  {item['key']:24} {item['suspicion']:.2f}" for item in result["suspects"][:5]),
+        f"the suspects as pictures: {page}",
+        f"train without them: data.keep={result['keep']}",
+    ]
+    emit({**result, "report": str(page)}, as_json, lines)
+
+
+@command(
+    epilog="""Methods:
+
+\b
+  cleanclip   CLIP, and each modality with augmented copies of its own (Bansal et al. 2023)
+  augmented   CLIP on strongly augmented pictures
+  supervised  pictures to the names of their labels, the text tower still
+  finetune    plain CLIP: what a method has to beat
+
+No method removes every backdoor. Choose --steps and --lr by the accuracy on --val alone.
+
+Example:
+
+\b
+  vlp clean runs/poisoned --data shards/fashion/val --val shards/fashion/test --out runs/cleaned
+  vlp eval runs/cleaned --data shards/fashion/test --task backdoor --set attacks=[shards/poisoned.poison.json]
+    --set control=runs/twin"""
+)
+@click.argument("bundle", type=FOLDER)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--data", type=FOLDER, required=True, help="Shards of trusted pairs. They are scanned first.")
+@click.option("--out", type=FOLDER, required=True, help="Folder of the run that cleans.")
+@click.option("--method", default="cleanclip", show_default=True, help="See below.")
+@click.option("--val", type=FOLDER, help="Labelled shards: accuracy before and after.")
+@click.option("--steps", default=300, show_default=True)
+@click.option("--lr", default=1e-3, show_default=True, help="Learning rate.")
+@click.option("--batch-size", default=128, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--as-is", is_flag=True, help="Do not scan --data, use all of it.")
+@click.option("--device", default="auto", show_default=True, help="torch device, for example cuda")
+@json_option
+def clean(
+    bundle: Path, overrides: tuple[str, ...], data: Path, out: Path, method: str, val: Path | None, steps: int,
+    lr: float, batch_size: int, seed: int, as_is: bool, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Tune BUNDLE on trusted pairs so that it may forget a backdoor; nothing of the trigger is known.
+
+    KEY=VALUE changes the recipe that results, as for `vlp train`.
+    """
+    from vlp.backdoor import clean as cleaning
+    from vlp.bundle import load_bundle
+    from vlp.distributed import pick_device
+    from vlp.train import train
+
+    options = cleaning.Options(method, steps, lr, batch_size, seed, device)
+    options.check()
+    model = load_bundle(bundle, pick_device(device))
+    keep, found = (None, None) if as_is else cleaning.trusted(data, bundle, model, out / "scan")
+    recipe = cleaning.recipe_of(model, bundle, data, keep, options, overrides)
+    before = cleaning.accuracy(model, val) if val is not None else None
+    summary = train(recipe, out)
+    after = cleaning.accuracy(load_bundle(out), val) if val is not None else None
+    result = {
+        "bundle": summary["bundle"], "method": method, "steps": summary["steps"], "pairs_left_out":
+        found["flagged"] if found else 0, "accuracy_before": before, "accuracy_after": after,
+    }  # fmt: skip
+    lines = [f"tuned by {method} for {summary['steps']} steps: {summary['bundle']}"]
+    if found and found["flagged"]:
+        lines.append(f"  {found['flagged']} of {found['pictures']} pairs look planted and were left out: {keep}")
+    if before is not None and after is not None:
+        lines.append(f"  zero-shot accuracy on {val}: {before:.1%} before, {after:.1%} after")
+    emit(result, as_json, [*lines, "which triggers still work is for `vlp eval --task backdoor` to say"])

@@ -38,6 +38,8 @@ class Pictures:
     """Pictures that could not be used."""
     made_of: dict[str, Any]
     """Model and data, for the file that results."""
+    texts: tuple[NDArray[Any], ...] = ()
+    """ND of the first caption of each picture, part by part, where they were asked for."""
 
     def __len__(self) -> int:
         return sum(len(array) for array, _ in self.parts)
@@ -70,24 +72,34 @@ class Pictures:
 
 
 def embed_pictures(
-    path: Path, bundle: Bundle, data: Sequence[Path], store: Path | None = None, advance: Advance = lambda step: None
+    path: Path,
+    bundle: Bundle,
+    data: Sequence[Path],
+    store: Path | None = None,
+    advance: Advance = lambda step: None,
+    captions: bool = False,
 ) -> Pictures:
     """Embeddings of all shards in the folders `data` by the bundle that was loaded from `path`.
 
-    `store`: where they are kept for the next time; default: a folder of the cache. Raises PipelineError, and
-    ConfigError for two pictures of one key, under which a sidecar could hold only one of them.
+    `captions`: of their first captions as well. `store`: where they are kept for the next time; default: a folder of
+    the cache. Raises PipelineError, and ConfigError for two pictures of one key, under which a sidecar could hold only
+    one of them.
     """
     weights = weights_digest(path)
     parts: list[tuple[NDArray[Any], Path]] = []
+    texts: list[NDArray[Any]] = []
     skipped = 0
     digests = {}
     for folder in data:
         digests[str(folder)] = digest = _data_digest(folder)
         out = (store or cache_dir() / "embeddings") / f"{weights[:16] or bundle.name}-{digest[:16]}"
-        result = embed_shards(bundle, weights, folder, out, progress=advance, captions=False)
+        result = embed_shards(bundle, weights, folder, out, progress=advance, captions=captions)
         skipped += sum(result.skipped.values())
         parts += [(np.load(array, mmap_mode="r"), table) for array, table in find_parts(out, "img_emb")]
-    pictures = Pictures(tuple(parts), skipped, {"model": bundle.name, "weights_sha256": weights, "data": digests})
+        if captions:
+            texts += [np.load(array, mmap_mode="r") for array, _ in find_parts(out, "text_emb")]
+    made_of = {"model": bundle.name, "weights_sha256": weights, "data": digests}
+    pictures = Pictures(tuple(parts), skipped, made_of, tuple(texts))
     _check_keys(pictures)
     return pictures
 

@@ -1,0 +1,76 @@
+"""`vlp clean`: what it trains, what it refuses, and a short real run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from data_pipelines.errors import ConfigError
+from data_pipelines.keep import load_keys
+from vlp.backdoor import clean as cleaning
+from vlp.backdoor import scan as scanning
+from vlp.backdoor.clean import METHODS, Options, recipe_of
+from vlp.bundle import load_bundle
+from vlp.cli import cli
+from vlp.recipe import Recipe
+from vlp.testing import micro_bundle
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_the_bundles_own_model_on_its_own_kind_of_pictures(
+    method: str, trained: Path, starter_shards: Path
+) -> None:
+    bundle = load_bundle(trained)
+    recipe = recipe_of(bundle, trained, starter_shards / "val", None, Options(method, steps=7, lr=2e-4), ["run.keep=3"])
+    assert recipe.data.image == bundle.image
+    assert recipe.model.weights == str(trained / "bundle")
+    assert recipe.tokenizer.kind == "weights"
+    assert (recipe.run.steps, recipe.optim.lr, recipe.run.keep) == (7, 2e-4, 3)
+    assert recipe.data.captions.labels == (1.0 if method == "supervised" else 0.3), "as in the bundle's own training"
+    assert recipe.objective["name"] == ("inmodal" if method == "cleanclip" else "clip")
+    for augmented in (recipe.data.augment, recipe.data.strong):
+        if augmented is not None and augmented.geometric:
+            assert augmented.ground == bundle.image.ground
+
+
+def test_a_bundle_that_names_no_recipe_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="names no recipe that made it"):
+        recipe_of(micro_bundle(), tmp_path, tmp_path, None, Options())
+    with pytest.raises(ConfigError, match="--method 'soap' is unknown; known: finetune, cleanclip"):
+        Options("soap").check()
+
+
+def test_cleaning_leaves_out_what_looks_planted_and_says_what_it_cost(
+    trained: Path, starter_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A low limit flags some of the pairs; with the share allowed they are left out, with less they end the command."""
+    data = str(starter_shards / "val")
+    monkeypatch.setattr(scanning.Options.__init__, "__defaults__", (("slof",), 16, 200, 4.0, None, 0))
+    monkeypatch.setattr(cleaning, "MOST_FLAGGED", 0.2)
+    command = ["clean", str(trained), "--data", data, "--steps", "3", "--batch-size", "32", "run.threads=1", "--json"]
+    done = CliRunner().invoke(cli, [*command, "--out", str(tmp_path / "run"), "--val", data], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    assert result["steps"] == 3
+    assert result["pairs_left_out"] > 0
+    assert 0 <= result["accuracy_after"] <= 1
+    kept = load_keys(tmp_path / "run" / "scan" / "keep.txt")
+    log = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "keep.txt" in log
+    assert len(kept) > 100
+    monkeypatch.setattr(cleaning, "MOST_FLAGGED", 0.0)
+    done = CliRunner().invoke(cli, [*command, "--out", str(tmp_path / "other")])
+    assert done.exit_code == 1
+    assert "pairs look planted" in done.output
+    assert "--as-is" in done.output
+
+
+def test_plain_tuning_is_plain_clip(micro_recipe: Callable[..., Recipe], trained: Path, starter_shards: Path) -> None:
+    """The control: neither views nor a changed loss nor augmentation."""
+    recipe = recipe_of(load_bundle(trained), trained, starter_shards / "val", None, Options("finetune"))
+    assert recipe.objective == {"name": "clip"}
+    assert (recipe.data.views, recipe.data.texts) == (1, 1)
+    assert not recipe.data.augment.geometric
+    assert not recipe.data.augment.colour
