@@ -23,6 +23,8 @@ from vlp.bundle import Bundle
 GOAL = 0.9
 """Share of pictures that a trigger must mislead."""
 STEPS, BATCH = 150, 32
+HOPELESS = 0.1
+"""A search that misleads fewer than this share halfway is given up: it would not get there in the other half."""
 MEMORY = 0.8
 """Of the running success: what earlier steps weigh."""
 PACE = 1.1
@@ -76,6 +78,8 @@ class Kind:
     """The size times this is comparable with the cross entropy."""
     rate: float
     """Step of the optimiser."""
+    noise: float
+    """Standard deviation of what the search adds to the pictures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,8 @@ def logits(victim: Victim, unit_BCHW: Tensor) -> Tensor:
     )  # a fifth faster
     image_BD = bundle.model.encode_image(ready, normalize=True)  # type: ignore[operator]
     scale = bundle.model.logit_scale.detach().exp().float().cpu()  # type: ignore[operator]
-    return image_BD.float().cpu() @ victim.head_LD.T * scale
+    scaled_BL: Tensor = image_BD.float().cpu() @ victim.head_LD.T * scale
+    return scaled_BL
 
 
 def patch_start(victim: Victim, draws: Draws) -> Parts:
@@ -171,9 +176,8 @@ def overlay_of(victim: Victim, parts: Parts) -> Tensor:
 
 
 def overlay_apply(victim: Victim, unit_BCHW: Tensor, parts: Parts, draws: Draws) -> Tensor:
-    """Every picture with the overlay and noise of its own."""
-    noise_BCHW = NOISE * torch.randn(unit_BCHW.shape, generator=draws)
-    return (unit_BCHW + overlay_of(victim, parts) + noise_BCHW).clamp(0.0, 1.0)
+    """Every picture with the overlay."""
+    return (unit_BCHW + overlay_of(victim, parts)).clamp(0.0, 1.0)
 
 
 def overlay_size(victim: Victim, parts: Parts) -> Tensor:
@@ -182,8 +186,12 @@ def overlay_size(victim: Victim, parts: Parts) -> Tensor:
 
 
 KINDS: dict[str, Kind] = {
-    "patch": Kind(patch_start, patch_apply, patch_size, lambda victim: PATCH_SHARE**2, scale=100.0, rate=0.15),
-    "overlay": Kind(overlay_start, overlay_apply, overlay_size, lambda victim: 0.5, scale=10.0, rate=0.012),
+    "patch": Kind(
+        patch_start, patch_apply, patch_size, lambda victim: PATCH_SHARE**2, scale=100.0, rate=0.15, noise=0.0
+    ),
+    "overlay": Kind(
+        overlay_start, overlay_apply, overlay_size, lambda victim: 0.5, scale=10.0, rate=0.012, noise=NOISE
+    ),
 }
 
 
@@ -208,8 +216,12 @@ def invert(
     optimiser = torch.optim.Adam(parts, lr=kind.rate, betas=(0.5, 0.9))
     weight, running = 1.0, 0.0
     best: tuple[float, Parts] | None = None
-    for _ in range(steps):
+    for step in range(steps):
+        if 2 * step >= steps and best is None and running < HOPELESS:
+            advance(steps - step)
+            break
         unit_BCHW = victim.unit_NCHW[pool_N[torch.randint(0, len(pool_N), (BATCH,), generator=draws)]]
+        unit_BCHW = unit_BCHW + kind.noise * torch.randn(unit_BCHW.shape, generator=draws)
         logits_BL = logits(victim, kind.apply(victim, unit_BCHW, parts, draws))
         size = kind.size(victim, parts)
         loss = F.cross_entropy(logits_BL, torch.full((BATCH,), target)) + weight * kind.scale * size
