@@ -18,7 +18,7 @@ from data_pipelines.errors import ConfigError
 from data_pipelines.preprocess import normalise
 from data_pipelines.records import Record
 from data_pipelines.write import WriteOptions, write_shards
-from vlp.backdoor.audit import outliers
+from vlp.backdoor.audit import outliers, stands_out
 from vlp.backdoor.inversion import Victim, invert, make_victim, scattered, tint_of
 from vlp.bundle import Bundle, save_bundle
 from vlp.cli import cli
@@ -127,6 +127,12 @@ def test_scores_by_hand() -> None:
     assert outliers([math.exp(value) for value in (-4, 0, 1, 2, 3)])[0] == pytest.approx(3.3725, abs=1e-4)
     assert outliers([math.e, math.e, 1.0, math.e, math.e]) == pytest.approx([0.0, 0.0, 5.0, 0.0, 0.0])
     assert outliers([3.0] * 5) == [0.0] * 5
+
+
+def test_who_stands_out_is_far_off_and_alone() -> None:
+    assert stands_out([0.0, 3.1, 2.3, -1.0, 0.0])
+    assert not stands_out([0.0, 2.9, 0.0, -1.0, 0.0]), "too near"
+    assert not stands_out([0.0, 3.1, 2.5, -1.0, 0.0]), "in company"
 
 
 class Tower(nn.Module):

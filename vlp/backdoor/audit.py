@@ -3,8 +3,8 @@
 The smallest change of each kind is sought for every label (`vlp.backdoor.inversion`). Sizes are compared as
 logarithms, for what counts is how many times smaller one is: the score of a label is its distance below the median
 in robust standard deviations (1.4826 x the median absolute deviation), one kind at a time. A score above THRESHOLD
-makes the model suspicious. What does not stand out is not proven harmless: a trigger of another kind, or one label
-among few, may go unseen, and the account says what was tried.
+and clearly ahead of the next makes the model suspicious. What does not stand out is not proven harmless: a trigger of
+another kind, or one label among few, may go unseen, and the account says what was tried.
 Suffixes: N pictures, C channels, H, W rows and columns, L labels, D embedding width.
 """
 
@@ -34,6 +34,9 @@ PICTURES = 512
 """Pictures that searches use, spread over the shards."""
 THRESHOLD = 3.0
 """Score above which a label stands out."""
+LEAD = 0.75
+"""By which it must be ahead of the next label. Some labels are easily reached in any model, and such have company; so
+several targets that one trigger kind leads to equally easily do not stand out from each other."""
 NARROWEST = 0.2
 """Least spread of the logarithms that scores are counted in: where most labels could not be reached at all their
 sizes are equal, and a label a few per cent below is no outlier."""
@@ -56,17 +59,14 @@ class Account:
 
     @property
     def top(self) -> tuple[str, int]:
-        """Kind and label of the highest score."""
-        return max(
-            ((kind, label) for kind in self.scores for label in range(len(self.labels))),
-            key=lambda place: self.scores[place[0]][place[1]],
-        )
+        """Kind and label of what stands out, else of the highest score."""
+        kind = max(self.scores, key=lambda name: (stands_out(self.scores[name]), max(self.scores[name])))
+        return kind, self.scores[kind].index(max(self.scores[kind]))
 
     @property
     def suspicious(self) -> bool:
-        """Whether that score is above THRESHOLD."""
-        kind, label = self.top
-        return self.scores[kind][label] > THRESHOLD
+        """Whether a label stands out."""
+        return any(map(stands_out, self.scores.values()))
 
     def verdict(self) -> str:
         """In words."""
@@ -95,7 +95,7 @@ class Account:
         return {
             "format": FORMAT, "suspicious": self.suspicious, "verdict": self.verdict(),
             "target": self.labels[label] if self.suspicious else None, "kind": kind if self.suspicious else None,
-            "score": round(self.scores[kind][label], 3), "threshold": THRESHOLD, "goal": GOAL,
+            "score": round(self.scores[kind][label], 3), "threshold": THRESHOLD, "lead": LEAD, "goal": GOAL,
             "labels": len(self.labels), "kinds": list(self.found), "pictures": self.pictures,
             "seconds": round(self.seconds, 1), "rows": rows,
         }  # fmt: skip
@@ -143,6 +143,12 @@ def outliers(sizes: Sequence[float]) -> list[float]:
     spread = max(NARROWEST, CONSISTENCY * float((logs - middle).abs().quantile(0.5)))
     scores: list[float] = ((middle - logs) / spread).tolist()
     return scores
+
+
+def stands_out(scores: Sequence[float]) -> bool:
+    """Whether the highest score is above THRESHOLD and ahead of the next by LEAD."""
+    second, first = sorted(scores)[-2:]
+    return first > THRESHOLD and first - second >= LEAD
 
 
 def pictures(bundle: Bundle, data: Train | Path) -> tuple[Tensor, list[str]]:

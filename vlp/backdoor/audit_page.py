@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipelines.files import write_atomic
-from vlp.backdoor.audit import THRESHOLD, Account, describe
+from vlp.backdoor.audit import LEAD, THRESHOLD, Account, describe
 from vlp.backdoor.inversion import KINDS, Found, Victim, overlay_of
 from vlp.report import STYLE
 
@@ -103,7 +103,8 @@ def _method(account: Account) -> str:
     return (
         f"<p class=m>For each of {len(account.labels)} labels the smallest change of {account.pictures} pictures that "
         f"makes the model take them for it. The score counts robust deviations below the typical label, on a "
-        f"logarithmic scale; above {THRESHOLD:g} a label stands out. A trigger of another kind may go unseen. "
+        f"logarithmic scale; above {THRESHOLD:g}, and {LEAD:g} ahead of the next, a label stands out. A trigger "
+        f"of another kind may go unseen. "
         f"{account.seconds:.0f} s.</p>"
     )
 
