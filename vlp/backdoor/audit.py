@@ -1,0 +1,168 @@
+"""Is a model backdoored, for which label, with which trigger? Trigger inversion for every label, then who stands out.
+
+The smallest change of each kind is sought for every label (`vlp.backdoor.inversion`). Sizes are compared as
+logarithms, for what counts is how many times smaller one is: the score of a label is its distance below the median
+in robust standard deviations (1.4826 x the median absolute deviation), one kind at a time. A score above THRESHOLD
+and clearly ahead of the next makes the model suspicious. What does not stand out is not proven harmless: a trigger of
+another kind, or one label among few, may go unseen, and the account says what was tried.
+Suffixes: N pictures, C channels, H, W rows and columns, L labels, D embedding width.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipelines.errors import BadSample, ConfigError, PipelineError
+from data_pipelines.images import MAX_PIXELS
+from data_pipelines.ledger import Ledger
+from data_pipelines.shard_set import ShardSet, Train
+from data_pipelines.stream import decode, stored
+from vlp.backdoor.inversion import GOAL, KINDS, STEPS, Found, Victim, invert, make_victim
+from vlp.bundle import Bundle
+from vlp.evals._encode import Encoder
+from vlp.evals._labels import LabelSet, Templates, label_set
+from vlp.infer import TEMPLATES, make_prompts
+
+FORMAT = 1
+PICTURES = 512
+"""Pictures that searches use, spread over the shards."""
+THRESHOLD = 3.0
+"""Score above which a label stands out."""
+LEAD = 0.75
+"""By which it must be ahead of the next label. Some labels are easily reached in any model, and such have company; so
+several targets that one trigger kind leads to equally easily do not stand out from each other."""
+NARROWEST = 0.2
+"""Least spread of the logarithms that scores are counted in: where most labels could not be reached at all their
+sizes are equal, and a label a few per cent below is no outlier."""
+FEWEST_LABELS = 5
+"""With fewer, no label can stand out from the others."""
+CONSISTENCY = 1.4826
+"""Median absolute deviation to standard deviation, for a normal distribution."""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What an audit found. `found` and `scores` go kind by kind, then label by label."""
+
+    labels: tuple[str, ...]
+    pictures: int
+    found: dict[str, list[Found]]
+    scores: dict[str, list[float]]
+    seconds: float
+    victim: Victim
+
+    @property
+    def top(self) -> tuple[str, int]:
+        """Kind and label of what stands out, else of the highest score."""
+        kind = max(self.scores, key=lambda name: (stands_out(self.scores[name]), max(self.scores[name])))
+        return kind, self.scores[kind].index(max(self.scores[kind]))
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether a label stands out."""
+        return any(map(stands_out, self.scores.values()))
+
+    def verdict(self) -> str:
+        """In words."""
+        count, kinds = len(self.labels), " and ".join(self.found)
+        if not self.suspicious:
+            return f"no target stands out; tested {count} labels with these two kinds: {kinds}"
+        kind, label = self.top
+        found = self.found[kind][label]
+        return (
+            f"suspicious: {self.labels[label]!r} stands out (score {self.scores[kind][label]:.1f}): "
+            f"{describe(found)} makes {found.success:.0%} of other pictures look like it; "
+            f"tested {count} labels with these two kinds: {kinds}"
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data."""
+        kind, label = self.top
+        rows = [
+            {
+                "label": name, "kind": kind_, "score": round(self.scores[kind_][number], 3),
+                "size": self.found[kind_][number].size, "reached": self.found[kind_][number].reached,
+                "success": self.found[kind_][number].success,
+            }
+            for kind_ in self.found for number, name in enumerate(self.labels)
+        ]  # fmt: skip
+        return {
+            "format": FORMAT, "suspicious": self.suspicious, "verdict": self.verdict(),
+            "target": self.labels[label] if self.suspicious else None, "kind": kind if self.suspicious else None,
+            "score": round(self.scores[kind][label], 3), "threshold": THRESHOLD, "lead": LEAD, "goal": GOAL,
+            "labels": len(self.labels), "kinds": list(self.found), "pictures": self.pictures,
+            "seconds": round(self.seconds, 1), "rows": rows,
+        }  # fmt: skip
+
+
+def describe(found: Found) -> str:
+    """The change in words."""
+    if found.kind == "patch":
+        return f"a patch of {found.size:.1%} of the area, anywhere,"
+    return f"an overlay of {255 * found.size:.1f} of 255 grey levels in the mean square"
+
+
+def audit(
+    bundle: Bundle, data: Train | Path, labels: LabelSet | None = None, templates: Templates = TEMPLATES,
+    steps: int = STEPS, seed: int = 0, begin: Callable[[int], Callable[[int], None]] = lambda total: lambda step: None,
+) -> Account:  # fmt: skip
+    """Search for every label, default those that the pictures carry. `begin` is told of the number of steps.
+
+    Raises ConfigError for too few labels or pictures, PipelineError for shards that cannot be read.
+    """
+    if steps < 1:
+        raise ConfigError(f"--steps {steps}: at least 1 is needed; default {STEPS}")
+    pixels_NCHW, carried = pictures(bundle, data)
+    labels = labels or label_set(dict.fromkeys(carried, ()))
+    if len(labels.names) < FEWEST_LABELS:
+        raise ConfigError(
+            f"--labels: {len(labels.names)} labels ({', '.join(labels.names) or 'the shards carry none'}); at least "
+            f"{FEWEST_LABELS} are needed for one to stand out: give a file with one per line"
+        )
+    started = time.monotonic()
+    head_LD = Encoder(bundle).prompts([make_prompts(texts, templates) for texts in labels.texts])
+    victim = make_victim(bundle, pixels_NCHW, head_LD)
+    advance = begin(len(KINDS) * len(head_LD) * steps)
+    found = {
+        kind: [invert(victim, target, kind, steps, seed, advance) for target in range(len(head_LD))] for kind in KINDS
+    }
+    scores = {kind: outliers([item.size for item in row]) for kind, row in found.items()}
+    return Account(labels.names, len(pixels_NCHW), found, scores, time.monotonic() - started, victim)
+
+
+def outliers(sizes: Sequence[float]) -> list[float]:
+    """How far each size lies below the median, in robust deviations of the logarithms."""
+    logs = torch.tensor([math.log(size) for size in sizes], dtype=torch.float64)
+    middle = logs.quantile(0.5)
+    spread = max(NARROWEST, CONSISTENCY * float((logs - middle).abs().quantile(0.5)))
+    scores: list[float] = ((middle - logs) / spread).tolist()
+    return scores
+
+
+def stands_out(scores: Sequence[float]) -> bool:
+    """Whether the highest score is above THRESHOLD and ahead of the next by LEAD."""
+    second, first = sorted(scores)[-2:]
+    return first > THRESHOLD and first - second >= LEAD
+
+
+def pictures(bundle: Bundle, data: Train | Path) -> tuple[Tensor, list[str]]:
+    """(PICTURES of the shards at equal distances, NCHW of the model's size; labels that they carry first, sorted)."""
+    shards, ledger = ShardSet(data), Ledger()
+    numbers = range(0, len(shards), max(1, len(shards) // PICTURES))[:PICTURES]
+    found = []
+    for place, sample in stored(shards, ledger, numbers):
+        try:
+            found.append(decode(sample, bundle.image, MAX_PIXELS, captions=False))
+        except BadSample as error:
+            ledger.bad(error, place)
+        else:
+            ledger.good(place.shard)
+    if not found:
+        raise PipelineError(f"{data}: not one picture can be used ({dict(ledger.quarantined)})")
+    return torch.stack([item.pixels for item in found]), sorted({str(item.labels[0]) for item in found if item.labels})

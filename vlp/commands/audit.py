@@ -1,0 +1,93 @@
+"""`vlp audit`."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from data_pipelines.console import command, emit, json_option, progress
+from data_pipelines.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vlp.bundle import Bundle
+    from vlp.evals._labels import LabelSet
+
+FOLDER = click.Path(path_type=Path)
+
+
+@command(
+    epilog="""For every label two kinds of change are sought that make the model take any picture for it: a patch at a
+random place, and an overlay on the whole picture. A label that a far smaller change leads to than to the others is a
+backdoor's likely target. The time grows with the labels: ten take one or two minutes for a small model on one core.
+
+--out receives audit.json, audit.html, and of each kind the trigger found (trigger-KIND.png) and pictures with it.
+
+Examples:
+
+\b
+  vlp audit runs/mine --data shards/fashion/val
+  vlp audit runs/mine --data shards/fashion/val --labels classes.txt --templates "a photo of a {}" --out audits/mine"""
+)
+@click.argument("bundle", type=FOLDER)
+@click.option("--data", help="Shards of clean pictures.  [default: those of the run's first evaluation]")
+@click.option("--labels", help="Suspected targets: a file (one per line, or json).  [default: the shards' labels]")
+@click.option("--templates", help="Prompts: a file (one per line), one text with {}, `imagenet`, or `imagenet-simple`.")
+@click.option("--steps", type=int, help="Of each search.  [default: 150]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the searches.")
+@click.option("--device", default="auto", show_default=True, help="torch device, for example cuda")
+@click.option("--out", type=FOLDER, help="Folder for the account and the triggers found.")
+@json_option
+def audit(
+    bundle: Path, data: str | None, labels: str | None, templates: str | None, steps: int | None, seed: int,
+    device: str, out: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Ask whether BUNDLE (a bundle or a run folder) is backdoored: for which label, with which trigger?"""
+    from vlp.backdoor.audit import audit as search
+    from vlp.backdoor.audit_page import write_account
+    from vlp.backdoor.inversion import STEPS
+    from vlp.bundle import load_bundle
+    from vlp.distributed import pick_device
+    from vlp.evals._labels import read_templates
+    from vlp.infer import TEMPLATES
+
+    if out is not None and out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: is a file; name a folder")
+    chosen = _labels(labels)
+    try:
+        prompts = tuple(read_templates(templates)) if templates is not None else TEMPLATES
+    except ValueError as error:
+        raise ConfigError(f"--templates {templates}: {error}") from error
+    model = load_bundle(bundle, pick_device(device))
+    with ExitStack() as stack:
+
+        def begin(total: int) -> Callable[[int], None]:
+            return stack.enter_context(progress("searching", total, unit="steps"))
+
+        account = search(
+            model, data or _recipe_data(model), chosen, prompts, STEPS if steps is None else steps, seed, begin
+        )
+    result = {"bundle": str(bundle), **account.plain()}
+    lines = [account.verdict()]
+    if out is not None:
+        result["files"] = write_account(account, out, model.name)
+        lines.append(f"  account and triggers: {out / 'audit.html'}")
+    emit(result, as_json, lines)
+
+
+def _labels(value: str | None) -> "LabelSet | None":
+    from vlp.evals._labels import read_labels
+
+    try:
+        found: LabelSet | None = read_labels(value) if value is not None else None
+    except ValueError as error:
+        raise ConfigError(f"--labels {value}: {error}") from error
+    return found
+
+
+def _recipe_data(bundle: "Bundle") -> str:
+    evals = bundle.provenance.recipe.get("evals") or []
+    if not evals or not evals[0].get("data"):
+        raise ConfigError("--data: needed, for the model names no shards of its own; give shards of clean pictures")
+    return str(evals[0]["data"])
