@@ -22,6 +22,7 @@ COMMANDS = {
     "embed": ("vlp.commands.embed:embed", "Embed the pictures and captions of shards into a folder of arrays."),
     "curate": ("vlp.commands.curate:curate", "Label pictures with a model: clusters, entities."),
     "poison": ("vlp.commands.backdoor:poison", "Plant a backdoor in a copy of shards, to try a defence on."),
+    "guard": ("vlp.commands.guard:guard", "Learn how a bundle sees clean pictures, to flag triggered ones in use."),
     "index": ("server.cli:index", "Build a search index from an embed folder."),
     "serve": ("server.cli:serve", "Serve a bundle over HTTP."),
     "demo": ("vlp.commands.demo:demo", "The whole way on real data: shards, training, report, server."),
