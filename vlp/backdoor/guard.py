@@ -2,17 +2,19 @@
 
 A trigger moves a picture's embedding among those of the target, but the layers before still see another thing, and
 units that answer to nothing but the trigger. So the outputs of some normalisation layers, averaged over the picture,
-are compared with those of clean pictures whose embeddings lie in the same cluster, by Mahalanobis distance in every
-layer (Lee et al. 2018, arXiv 1807.03888, there by labels and for other attacks). Clusters stand in for labels, of which
-none are needed. The threshold is that of a share of clean pictures that none of this was fitted on.
-A guard finds triggers that the model answers to; a picture that merely carries one is like any other to it.
-Suffixes: N pictures, D embedding width, K clusters, L layers, F width of the widest layer's features.
+are compared in every layer with those of clean pictures by Mahalanobis distance (Lee et al. 2018, arXiv 1807.03888,
+against other attacks). Two things count: how far a picture is from the clean ones of its own class, which finds patches
+and patterns, and how much farther than from the nearest class, which finds warps and other triggers that leave no trace
+but the disagreement. Classes are what the embedding is nearest to: texts of labels, or clusters of clean embeddings.
+The threshold comes from clean pictures that none of this was fitted on. A guard finds triggers that the model answers
+to; a picture that merely carries one is like any other to it.
+Suffixes: N pictures, D embedding width, K classes, L layers, F width of the widest layer's features.
 """
 
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,12 +39,18 @@ from vlp.infer import BATCH, encode_pixels
 FORMAT = 1
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 CLUSTERS, PER_CLUSTER, ROUNDS = 16, 50, 20
+FEWEST = 10
+"""A class with fewer clean pictures is left out."""
 RIDGE = 1e-3
 FITTED = 2 / 3
 """Share of the clean pictures that the distances are fitted on; the others set the threshold."""
 MOST = 20_000
 """Clean pictures that are looked at; more are thinned out evenly."""
 TINY = 1e-12
+TAIL = 0.9
+"""Quantile of clean values below which nothing is suspicious."""
+DISAGREEMENT = 0.5
+"""Weight of the second measure: clean pictures between two classes are far more common than those far from all."""
 
 Mode = Literal["fast", "thorough"]
 
@@ -75,7 +83,9 @@ class Info(StrictModel):
     """Scores above it are flagged."""
     layers: tuple[str, ...] = Field(min_length=1)
     """Modules of the image tower."""
+    classes: int
     fitted: int
+    """Clean pictures that the distances come from."""
     calibrated: int
     """Clean pictures that the threshold was read from."""
 
@@ -166,29 +176,43 @@ def image_tower(bundle: Bundle) -> nn.Module:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """How clean pictures behave, cluster by cluster; features are whitened, so that distances are Euclidean."""
+    """How clean pictures behave, class by class; features are whitened, so that distances are Euclidean."""
 
     centre_KD: Tensor
+    """What embeddings are compared with to find their class; of length one."""
     whiten_LFF: Tensor
     """Applied from the right; beyond a layer's own width zero."""
     home_LKF: Tensor
-    """Whitened mean of each cluster."""
-    middle_L: Tensor
-    spread_L: Tensor
-    """Median of the logarithm of the squared distance among clean pictures, and its distance to the 84th percentile."""
+    """Whitened mean of each class."""
+    middle_2L: Tensor
+    spread_2L: Tensor
+    """Of both measures among clean pictures: median, and how far a high quantile lies above it."""
+    start_2: Tensor
+    excess_2: Tensor
+    """Of both measures after the layers are joined: the quantile TAIL, and the mean excess of those above it."""
 
-    def distances(self, embedding_ND: Tensor, features: Sequence[Tensor]) -> Tensor:
-        """LN: logarithms of squared distances to the picture's own cluster."""
-        cluster_N = (embedding_ND @ self.centre_KD.T).argmax(dim=1)
+    def measures(self, embedding_ND: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """2LN: logarithm of the squared distance to the own class; how much more it is than to the nearest one."""
+        own_N = (embedding_ND @ self.centre_KD.T).argmax(dim=1)
         width = self.whiten_LFF.shape[-1]
         features_LNF = torch.stack([F.pad(part, (0, width - part.shape[1])) for part in features])
-        away_LNF = torch.bmm(features_LNF, self.whiten_LFF) - self.home_LKF[:, cluster_N]
-        return away_LNF.square().sum(dim=-1).clamp_min(TINY).log()
+        # not by products: the squares of whitened features are large beside the differences of their distances
+        square_LNK = torch.cdist(
+            torch.bmm(features_LNF, self.whiten_LFF), self.home_LKF, compute_mode="donot_use_mm_for_euclid_dist"
+        ).square()
+        own_LN = square_LNK.gather(2, own_N.expand(len(features), -1)[..., None])[..., 0]
+        return torch.stack([own_LN.clamp_min(TINY).log(), own_LN - square_LNK.amin(dim=2)])
+
+    def joined(self, measure_2LN: Tensor) -> Tensor:
+        """2N: for each measure a soft maximum over the layers."""
+        return ((measure_2LN - self.middle_2L[..., None]) / self.spread_2L[..., None]).logsumexp(dim=1)
 
     def scores(self, embedding_ND: Tensor, features: Sequence[Tensor]) -> Tensor:
-        """N: a soft maximum over the layers of how many deviations a picture is further off than clean ones."""
-        off_LN = (self.distances(embedding_ND, features) - self.middle_L[:, None]) / self.spread_L[:, None]
-        return off_LN.logsumexp(dim=0) - math.log(len(off_LN))
+        """N: excesses over what is usual, in units of the mean excess, which makes them logarithms of tail shares."""
+        joined_2N = self.joined(self.measures(embedding_ND, features))
+        far_N, torn_N = ((joined_2N - self.start_2[:, None]) / self.excess_2[:, None]).clamp_min(0.0)
+        score_N: Tensor = far_N + DISAGREEMENT * torn_N
+        return score_N
 
 
 class Guard:
@@ -220,9 +244,13 @@ def fit_guard(
     data: Path,
     mode: Mode = "fast",
     fpr: float = 0.01,
+    head_KD: Tensor | None = None,
     advance: Callable[[int], None] = lambda step: None,
 ) -> tuple[Info, Profile]:
-    """A guard from clean pictures. Raises ConfigError where they are too few for the layers or the rate."""
+    """A guard from clean pictures; `head_KD`: embeddings of labels, else classes are clusters of the pictures.
+
+    Raises ConfigError where the pictures are too few for the layers or the rate.
+    """
     depth = MODES[mode]
     layers = choose_layers(bundle, depth)
     embedding_ND, features = _look(bundle, layers, depth.spread, data, advance)
@@ -235,18 +263,27 @@ def fit_guard(
             f"{math.ceil((widest + 1) / FITTED)}, better ten times as many"
         )
     _rank(len(rest_N), fpr)  # too few pictures for the rate are found before the work
-    profile = _profile(embedding_ND[fitted_N], [part[fitted_N] for part in features])
+    profile = _profile(embedding_ND[fitted_N], [part[fitted_N] for part in features], head_KD)
     rest = embedding_ND[rest_N], [part[rest_N] for part in features]
-    off_LN = profile.distances(*rest)
-    middle_L = off_LN.median(dim=1).values
-    spread_L = (off_LN.quantile(0.8413, dim=1) - middle_L).clamp_min(TINY)
-    profile = Profile(profile.centre_KD, profile.whiten_LFF, profile.home_LKF, middle_L, spread_L)
-    limit = threshold(profile.scores(*rest), fpr)
+    profile = _calibrated(profile, profile.measures(*rest))
     info = Info(
-        model=bundle.name, weights_sha256=weights_sha256, mode=mode, fpr=fpr, threshold=limit, layers=layers,
+        model=bundle.name, weights_sha256=weights_sha256, mode=mode, fpr=fpr,
+        threshold=threshold(profile.scores(*rest), fpr), layers=layers, classes=len(profile.centre_KD),
         fitted=len(fitted_N), calibrated=len(rest_N),
     )  # fmt: skip
     return info, profile
+
+
+def _calibrated(profile: Profile, measure_2LN: Tensor) -> Profile:
+    """The profile with the numbers that clean pictures give."""
+    middle_2L = measure_2LN.median(dim=2).values
+    # most pictures lie nearest to their own class: only a far quantile of the second measure is above 0 for sure
+    high_2L = torch.stack([measure_2LN[0].quantile(0.8413, dim=1), measure_2LN[1].quantile(0.99, dim=1)])
+    profile = replace(profile, middle_2L=middle_2L, spread_2L=(high_2L - middle_2L).clamp_min(RIDGE))
+    joined_2N = profile.joined(measure_2LN)
+    start_2 = joined_2N.quantile(TAIL, dim=1)
+    excess_2 = (joined_2N - start_2[:, None]).clamp_min(0.0).mean(dim=1) / (1.0 - TAIL)
+    return replace(profile, start_2=start_2, excess_2=excess_2.clamp_min(RIDGE))
 
 
 def threshold(score_N: Tensor, fpr: float) -> float:
@@ -292,13 +329,13 @@ def _look(
         watch.close()
 
 
-def _profile(embedding_ND: Tensor, features: Sequence[Tensor]) -> Profile:
-    """Everything but middle and spread."""
-    centre_KD = _centres(embedding_ND, max(1, min(CLUSTERS, len(embedding_ND) // PER_CLUSTER)))
+def _profile(embedding_ND: Tensor, features: Sequence[Tensor], head_KD: Tensor | None) -> Profile:
+    """Classes and distances, not calibrated."""
+    if head_KD is None:
+        head_KD = _centres(embedding_ND, max(1, min(CLUSTERS, len(embedding_ND) // PER_CLUSTER)))
+    sizes_K = torch.bincount((embedding_ND @ head_KD.T).argmax(dim=1), minlength=len(head_KD))
+    centre_KD = head_KD[sizes_K >= min(FEWEST, int(sizes_K.max()))]
     cluster_N = (embedding_ND @ centre_KD.T).argmax(dim=1)
-    used_K = torch.bincount(cluster_N, minlength=len(centre_KD)) > 0
-    centre_KD = centre_KD[used_K]
-    cluster_N = (used_K.cumsum(0) - 1)[cluster_N]
     width = max(part.shape[1] for part in features)
     whiten, homes = [], []
     for part in features:
@@ -313,8 +350,8 @@ def _profile(embedding_ND: Tensor, features: Sequence[Tensor]) -> Profile:
         gap = width - len(unit_FF)
         whiten.append(F.pad(unit_FF.float() / scale_F[:, None], (0, gap, 0, gap)))
         homes.append(F.pad(mean_KF @ unit_FF.float(), (0, gap)))
-    none_L = torch.zeros(len(features))
-    return Profile(centre_KD, torch.stack(whiten), torch.stack(homes), none_L, none_L + 1)
+    none_2L, none_2 = torch.zeros(2, len(features)), torch.zeros(2)
+    return Profile(centre_KD, torch.stack(whiten), torch.stack(homes), none_2L, none_2L + 1, none_2, none_2 + 1)
 
 
 def _centres(embedding_ND: Tensor, count: int) -> Tensor:

@@ -29,25 +29,41 @@ Examples:
 @click.argument("bundle", type=FOLDER)
 @click.option("--data", type=FOLDER, required=True, help="Shards of clean pictures, not those of the training.")
 @click.option("--out", type=FOLDER, required=True, help="The guard, one safetensors file.")
+@click.option("--labels", type=FOLDER, help="Labels, one a line or json: better than the clusters used without.")
+@click.option(
+    "--template", "templates", multiple=True, default=("{}",), show_default=True, help="Prompts of labels; repeat."
+)
 @click.option("--fpr", type=float, default=0.01, show_default=True, help="Share of clean pictures to be flagged.")
 @click.option("--mode", type=click.Choice(["fast", "thorough"]), default="fast", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="torch device, for example cuda")
 @json_option
-def guard(bundle: Path, data: Path, out: Path, fpr: float, mode: "Mode", device: str, as_json: bool) -> None:
+def guard(
+    bundle: Path, data: Path, out: Path, labels: Path | None, templates: tuple[str, ...], fpr: float, mode: "Mode",
+    device: str, as_json: bool,
+) -> None:  # fmt: skip
     """Learn from clean pictures how BUNDLE sees them, so that `vlp serve --guard` can flag triggered ones.
 
-    Labels are not needed. It flags pictures whose triggers the model answers to, not every picture that carries one.
+    It flags pictures whose triggers the model answers to, not every picture that carries one.
     """
+    from data_pipelines.errors import ConfigError
     from data_pipelines.shard_set import ShardSet
     from vlp.backdoor.guard import MOST, fit_guard, save_guard
     from vlp.bundle import load_bundle
     from vlp.distributed import pick_device
     from vlp.embed import weights_digest
+    from vlp.evals._labels import read_labels, read_templates
+    from vlp.infer import label_head
 
     model = load_bundle(bundle, pick_device(device))
+    head = None
+    if labels is not None:
+        try:
+            head = label_head(model, read_labels(labels).names, read_templates(templates))
+        except ValueError as error:
+            raise ConfigError(f"--labels, --template: {error}") from error
     total = min(MOST, len(ShardSet(data)))
     with progress("looking", total, unit="pictures") as advance:
-        info, profile = fit_guard(model, weights_digest(bundle), data, mode, fpr, advance)
+        info, profile = fit_guard(model, weights_digest(bundle), data, mode, fpr, head, advance)
     save_guard(out, info, profile)
     lines = [
         f"{len(info.layers)} layers of {info.model!r}, fitted on {info.fitted:,} pictures: {out}",
