@@ -1,9 +1,7 @@
 """`vlp serve --guard`: verdicts in answers and headers over a real socket, and none without it."""
 
-import json
-import signal
-import subprocess
-import sys
+import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from click.testing import CliRunner
 from data_pipelines.records import Record
 from data_pipelines.write import WriteOptions, write_shards
 from server.app import create_app
-from server.cli import KEYS, serve
+from server.cli import KEYS, _prepare, listen, serve
 from server.engine import BundleEngine
 from server.guarding import Guarding
 from server.index.edge import open_index
@@ -28,7 +26,6 @@ from vlp.infer import encode_images
 from vlp.testing import WORDS, micro_bundle, picture
 
 B64 = Callable[[bytes], str]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +52,13 @@ def library_scores(bundle_folder: Path, guard: Any, pictures: list[bytes]) -> to
 
 
 @pytest.fixture(scope="module")
-def guarded(bundle_folder: Path, guard_file: Path, index_folder: Path, serving: Any) -> Iterator[str]:
+def guarded(
+    bundle_folder: Path, guard_file: Path, index_folder: Path, tmp_path_factory: pytest.TempPathFactory, serving: Any
+) -> Iterator[str]:
+    index = shutil.copytree(index_folder, tmp_path_factory.mktemp("copy") / "index")  # the other is open already
     settings, bundle = Settings(), load_bundle(bundle_folder)
     guarding = Guarding(Guard(*load_guard(guard_file, weights_digest(bundle_folder)), bundle))
-    app = create_app(settings, BundleEngine(bundle, settings.limits), open_index(index_folder), guarding)
+    app = create_app(settings, BundleEngine(bundle, settings.limits), open_index(index), guarding)
     with serving(app) as url:
         yield url
 
@@ -122,23 +122,19 @@ def test_verdicts_are_counted(guarded: str, http: httpx2.Client, b64: B64) -> No
 
 
 def test_the_command_serves_with_a_guard(bundle_folder: Path, guard_file: Path, b64: B64) -> None:
-    command = [sys.executable, "-m", "vlp", "serve", bundle_folder, "--guard", guard_file, "--port", "0", "--json"]
-    process = subprocess.Popen(
-        [*map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        info = json.loads(process.stdout.readline())
+    """All of `vlp serve --guard` but its process, which another test starts and stops."""
+    with listen("127.0.0.1", 0) as listener:
+        server, info = _prepare(Settings(), bundle_folder, None, guard_file, "cpu", listener)
         assert info["guard"]["pictures"] == 0
-        body = {"image": b64(PICTURES[0]), "labels": ["a"]}
-        answer = httpx2.post(f"{info['url']}/v1/classify", json=body, timeout=30)
-        assert answer.json()["data"][0]["guard"]["flagged"] in (True, False)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=30)
-        assert process.returncode == 0, errors
-    finally:
-        process.kill()
-        process.communicate()
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            body = {"image": b64(PICTURES[0]), "labels": ["a"]}
+            answer = httpx2.post(f"{info['url']}/v1/classify", json=body, timeout=30)
+            assert answer.json()["data"][0]["guard"]["flagged"] is bool(int(answer.headers["x-guard-flagged"]))
+        finally:
+            server.should_exit = True
+            thread.join(20)
 
 
 def test_a_guard_of_another_bundle_is_refused(guard_file: Path, tmp_path: Path) -> None:
