@@ -19,7 +19,7 @@ from server.engine import BundleEngine
 from server.guarding import Guarding
 from server.index.edge import open_index
 from server.settings import Settings
-from vlp.backdoor.guard import Guard, fit_guard, load_guard, save_guard
+from vlp.backdoor.guard import Guard, Info, Profile, fit_guard, load_guard, save_guard
 from vlp.bundle import load_bundle, save_bundle
 from vlp.embed import weights_digest
 from vlp.infer import encode_images
@@ -46,7 +46,7 @@ def guard_file(bundle_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 PICTURES = [picture(500 + number, (40, 32 + 90 * number)) for number in range(4)]
 
 
-def library_scores(bundle_folder: Path, guard: Any, pictures: list[bytes]) -> torch.Tensor:
+def library_scores(bundle_folder: Path, guard: tuple[Info, Profile], pictures: list[bytes]) -> torch.Tensor:
     bundle = load_bundle(bundle_folder)
     return Guard(*guard, bundle).scored(lambda: encode_images(bundle, pictures))[1]
 

@@ -18,7 +18,7 @@ FOLDER = click.Path(path_type=Path)
 
 \b
   fast      averages of up to 8 layers in the later half of the image tower
-  thorough  averages and deviations of up to 16 layers of the whole tower; slower, see the README
+  thorough  averages and deviations of up to 16 layers of the whole tower; takes twice the time
 
 Examples:
 
