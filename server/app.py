@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from server.auth import require_key
 from server.engine import Engine
 from server.errors import ApiError, on_api_error, on_http_error
+from server.guarding import Guarding
 from server.index import Index
 from server.middleware import RequestContext
 from server.routes import classify, embeddings, health, models, search
@@ -24,9 +25,14 @@ BODIES = (ClassifyRequest, EmbeddingsRequest, SearchRequest)
 """Requests that routes parse themselves, so that FastAPI does not know them."""
 
 
-def create_app(settings: Settings, engine: Engine, index: Index | None = None) -> FastAPI:
-    """The application. Threads start with its lifespan; the index is closed at its end."""
-    services = Services(settings, engine, index)
+def create_app(
+    settings: Settings, engine: Engine, index: Index | None = None, guarding: Guarding | None = None
+) -> FastAPI:
+    """The application. Threads start with its lifespan; the index is closed at its end.
+
+    A guard has to watch the engine's own bundle.
+    """
+    services = Services(settings, engine, index, guarding)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

@@ -33,18 +33,21 @@ DRAIN_SECONDS = 20
 \b
   vlp serve runs/demo
   vlp serve runs/demo --index index --port 0
+  vlp serve runs/demo --guard guard.safetensors
   {KEYS}=secret vlp serve runs/demo --host 0.0.0.0"""
 )
 @click.argument("bundle", type=FOLDER)
 @click.option("--index", "index_folder", type=FOLDER, help="Index made by `vlp index build`; enables /v1/search.")
+@click.option("--guard", "guard_file", type=FOLDER, help="File made by `vlp guard`; flags pictures with triggers.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free port.")
 @click.option("--device", default="auto", show_default=True, help="torch device, for example cuda")
 @click.option("--allow-open", is_flag=True, help=f"Listen beyond this machine without API keys ({KEYS}).")
 @json_option
 def serve(
-    bundle: Path, index_folder: Path | None, host: str, port: int, device: str, allow_open: bool, as_json: bool
-) -> None:
+    bundle: Path, index_folder: Path | None, guard_file: Path | None, host: str, port: int, device: str,
+    allow_open: bool, as_json: bool,
+) -> None:  # fmt: skip
     """Serve BUNDLE over HTTP: /v1/embeddings, /v1/classify, /v1/search, /docs."""
     keys = [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
     if not (keys or allow_open or is_loopback(host)):
@@ -54,7 +57,7 @@ def serve(
     _require_extra()
     settings = Settings(host=host, port=port, key_hashes=tuple(hash_key(key) for key in keys))
     with listen(host, port) as listener:
-        server, info = _prepare(settings, bundle, index_folder, device, listener)
+        server, info = _prepare(settings, bundle, index_folder, guard_file, device, listener)
 
         def announce() -> None:
             emit(info, as_json, _welcome(info, bool(keys)))
@@ -64,8 +67,9 @@ def serve(
 
 
 def _prepare(
-    settings: Settings, bundle: Path, index_folder: Path | None, device: str, listener: socket.socket
-) -> "tuple[uvicorn.Server, dict[str, Any]]":
+    settings: Settings, bundle: Path, index_folder: Path | None, guard_file: Path | None, device: str,
+    listener: socket.socket,
+) -> "tuple[uvicorn.Server, dict[str, Any]]":  # fmt: skip
     """Everything loaded and checked: (the server, what to tell about it)."""
     from server.index.edge import open_index
 
@@ -75,15 +79,19 @@ def _prepare(
 
     from server.app import create_app
     from server.engine import BundleEngine
+    from server.guarding import Guarding
+    from vlp.backdoor.guard import Guard, load_guard
     from vlp.bundle import load_bundle
     from vlp.distributed import pick_device
     from vlp.embed import weights_digest
 
-    engine = BundleEngine(load_bundle(bundle, pick_device(device)), settings.limits)
+    model = load_bundle(bundle, pick_device(device))
+    engine = BundleEngine(model, settings.limits)
+    guarding = Guarding(Guard(*load_guard(guard_file, weights_digest(bundle)), model)) if guard_file else None
     if index is not None:
         check_same_model(index.info, engine.name, engine.dim, weights_digest(bundle))
     config = uvicorn.Config(
-        create_app(settings, engine, index),
+        create_app(settings, engine, index, guarding),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -100,6 +108,7 @@ def _prepare(
         "model": engine.name,
         "dim": engine.dim,
         "points": index.info.points if index else None,
+        "guard": guarding.state() if guarding else None,
     }
     return uvicorn.Server(config), info
 
@@ -171,6 +180,8 @@ def _welcome(info: dict[str, Any], keyed: bool) -> list[str]:
         f"""  {post}/v1/embeddings -d '{{"input": ["a red circle"]}}'""",
         f"""  {post}/v1/classify -d '{{"image": "'$(base64 -w0 PICTURE)'", "labels": ["cat", "dog"]}}'""",
     ]
+    if info["guard"] is not None:
+        lines.append(f"  guard: pictures that score above {info['guard']['threshold']:.3f} are flagged")
     if info["points"] is not None:
         lines.append(f"""  {post}/v1/search -d '{{"text": "a red circle", "limit": 3}}'   # {info["points"]} entries""")
     return lines

@@ -9,6 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError
+from server.guarding import VERDICTS, Verdict, headers
 
 log = logging.getLogger("server.requests")
 
@@ -33,14 +34,17 @@ class RequestContext:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
         status = 0
+        verdicts: list[Verdict] = []
+        VERDICTS.set(verdicts)
 
         async def send_marked(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-Id"] = request_id
-                headers["X-Content-Type-Options"] = "nosniff"
+                marked = MutableHeaders(scope=message)
+                marked["X-Request-Id"] = request_id
+                marked["X-Content-Type-Options"] = "nosniff"
+                marked.update(headers(verdicts))
             await send(message)
 
         began = time.monotonic()

@@ -5,7 +5,8 @@ import base64
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from data_pipelines.errors import BadSample
 from server.batcher import Batcher, Overloaded, Row, Worker, WorkerStopped
 from server.engine import Engine, Vectors
 from server.errors import ApiError, bad_request
+from server.guarding import Guarding, Verdict
 from server.index import Hit, Index, Value
 from server.settings import Settings
 
@@ -30,16 +32,30 @@ DOT = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4
 """A PNG of one pixel, to warm up with."""
 
 
-class Services:
-    """One model and at most one index, ready to be asked by many requests at once."""
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """An embedded picture, and what the guard makes of it if there is one."""
 
-    def __init__(self, settings: Settings, engine: Engine, index: Index | None) -> None:
-        self.settings, self.engine, self.index = settings, engine, index
+    row: Row
+    verdict: Verdict | None
+
+    def guard(self) -> dict[str, Any]:
+        """What a native answer says of it: nothing without a guard."""
+        return {} if self.verdict is None else {"guard": self.verdict.content()}
+
+
+class Services:
+    """One model, at most one index and one guard, ready to be asked by many requests at once."""
+
+    def __init__(
+        self, settings: Settings, engine: Engine, index: Index | None = None, guarding: Guarding | None = None
+    ) -> None:
+        self.settings, self.engine, self.index, self.guarding = settings, engine, index, guarding
         self._worker = Worker()
         batching = settings.batching
         self._images: Batcher[bytes, Tensor] = Batcher(
             self._prepare_images,
-            lambda pixels: engine.encode_images(torch.stack(list(pixels))),
+            self._encode_images,
             self._worker,
             limit=max(batching.queue_images, settings.limits.images),
             size=batching.size,
@@ -100,6 +116,13 @@ class Services:
             raise ValueError("the model answers with NaN or infinity")
         self._canary_at = time.monotonic()
 
+    def _encode_images(self, pixels: Sequence[Tensor]) -> Vectors:
+        """ND, with a guard N(D+1)."""
+        pixels_NCHW = torch.stack(list(pixels))
+        if self.guarding is None:
+            return self.engine.encode_images(pixels_NCHW)
+        return self.guarding.encode(lambda: self.engine.encode_images(pixels_NCHW))
+
     def _prepare_images(self, images: Sequence[bytes]) -> list[Tensor | BadSample]:
         prepared: list[Tensor | BadSample] = []
         for data in images:
@@ -110,8 +133,18 @@ class Services:
         return prepared
 
     async def embed_images(self, images: Sequence[bytes]) -> list[Row | BadSample]:
-        """One row or BadSample per encoded picture."""
-        return await self._patiently(self._images.submit(images)) if images else []
+        """One row or BadSample per encoded picture; the guard's verdicts go into headers."""
+        return [item.row if isinstance(item, Seen) else item for item in await self.see_images(images)]
+
+    async def see_images(self, images: Sequence[bytes]) -> list[Seen | BadSample]:
+        """The same with the guard's verdicts, for answers that have a place for them."""
+        rows = await self._patiently(self._images.submit(images)) if images else []
+        return [row if isinstance(row, BadSample) else self._judged(row) for row in rows]
+
+    def _judged(self, row: Row) -> Seen:
+        if self.guarding is None:
+            return Seen(row, None)
+        return Seen(row[:-1], self.guarding.judge(float(row[-1])))
 
     async def embed_texts(self, texts: Sequence[str]) -> tuple[Vectors, int]:
         """(ND, tokens without padding)."""

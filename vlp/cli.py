@@ -25,6 +25,7 @@ COMMANDS = {
     "scan": ("vlp.commands.backdoor:scan", "Look for planted samples in shards."),
     "clean": ("vlp.commands.backdoor:clean", "Tune a model on trusted pairs so that it may forget a backdoor."),
     "audit": ("vlp.commands.audit:audit", "Ask whether a model is backdoored, for which label, with which trigger."),
+    "guard": ("vlp.commands.guard:guard", "Learn how a bundle sees clean pictures, to flag triggered ones in use."),
     "index": ("server.cli:index", "Build a search index from an embed folder."),
     "serve": ("server.cli:serve", "Serve a bundle over HTTP."),
     "demo": ("vlp.commands.demo:demo", "The whole way on real data: shards, training, report, server."),

@@ -44,8 +44,8 @@ async def classify(request: Request) -> Response:
         raise bad_request(f"images: {len(inputs)} pictures, at most {limits.images}", "images", "too_many_items")
     decoded = [_bytes_or_error(value, param) for param, value in inputs]
     good = [data for data in decoded if isinstance(data, bytes)]
-    (prompt_rows, _), rows = await asyncio.gather(services.embed_texts(prompts), services.embed_images(good))
-    found = iter(rows)
+    (prompt_rows, _), seen = await asyncio.gather(services.embed_texts(prompts), services.see_images(good))
+    found = iter(seen)
     outcomes = [next(found) if isinstance(item, bytes) else item for item in decoded]
     named = [
         bad_item(outcome, param) if isinstance(outcome, BadSample) else outcome
@@ -55,13 +55,13 @@ async def classify(request: Request) -> Response:
     if not images:
         raise next(outcome for outcome in named if isinstance(outcome, ApiError))
     probabilities_NL, cosines_NL = await services.run(
-        lambda: services.engine.classify(np.stack(images), prompt_rows, len(wanted.labels))
+        lambda: services.engine.classify(np.stack([image.row for image in images]), prompt_rows, len(wanted.labels))
     )
     scores = iter(zip(probabilities_NL, cosines_NL, strict=True))
     data = [
         {"index": index, "predictions": None, "error": outcome.content()}
         if isinstance(outcome, ApiError)
-        else {"index": index, "predictions": _ranked(wanted, *next(scores)), "error": None}
+        else {"index": index, "predictions": _ranked(wanted, *next(scores)), "error": None, **outcome.guard()}
         for index, outcome in enumerate(named)
     ]
     return json_answer({"model": services.engine.name, "data": data})

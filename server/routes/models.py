@@ -36,7 +36,9 @@ async def get_model(request: Request) -> Response:
 def _card(services: Services) -> dict[str, Any]:
     engine = services.engine
     capabilities = ["embed", "image_embed", "classify", *(["search"] if services.index is not None else [])]
+    guard = {} if services.guarding is None else {"guard": services.guarding.state()}
     return {
+        **guard,
         "id": engine.name,
         "object": "model",
         "created": engine.created,

@@ -14,7 +14,7 @@ from server.limits import read_json
 from server.schemas import ERRORS, ErrorBody, body_of
 from server.schemas.embeddings import check_text
 from server.schemas.search import SearchRequest, SearchResponse
-from server.services import Services, services_of
+from server.services import Seen, Services, services_of
 
 router = APIRouter(tags=["native"])
 
@@ -41,21 +41,21 @@ async def search(request: Request) -> Response:
     if wanted.limit > limits.hits:
         raise bad_request(f"limit: {wanted.limit} hits, at most {limits.hits}", "limit")
     query = await _query(services, wanted)
+    row, guard = (query.row, query.guard()) if isinstance(query, Seen) else (query, {})
     try:
-        hits = await services.search(query, wanted.limit, wanted.filter or {}, wanted.exact)
+        hits = await services.search(row, wanted.limit, wanted.filter or {}, wanted.exact)
     except FilterError as error:
         raise bad_request(f"filter: {error}", f"filter.{error.field}", "invalid_filter") from error
-    return json_answer(
-        {"model": services.engine.name, "hits": [{**hit.payload, "id": hit.id, "score": hit.score} for hit in hits]}
-    )
+    found = [{**hit.payload, "id": hit.id, "score": hit.score} for hit in hits]
+    return json_answer({"model": services.engine.name, "hits": found, **guard})
 
 
-async def _query(services: Services, wanted: SearchRequest) -> Row:
+async def _query(services: Services, wanted: SearchRequest) -> Row | Seen:
     if wanted.image is not None:
-        (row,) = await services.embed_images([image_bytes(wanted.image, "image")])
-        if isinstance(row, BadSample):
-            raise bad_item(row, "image")
-        return row
+        (seen,) = await services.see_images([image_bytes(wanted.image, "image")])
+        if isinstance(seen, BadSample):
+            raise bad_item(seen, "image")
+        return seen
     assert wanted.text is not None
     check_text(wanted.text, "text", services.settings.limits)
     rows, _ = await services.embed_texts([wanted.text])

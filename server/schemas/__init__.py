@@ -34,6 +34,14 @@ class ErrorBody(Answer):
     detail: str
 
 
+class GuardVerdict(Answer):
+    """What the guard makes of a picture; there with `vlp serve --guard` alone."""
+
+    score: float | None
+    flagged: bool
+    """Whether the score is above the guard's threshold."""
+
+
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request is wrong; `param` names the field or item."},
     401: {"model": ErrorBody, "description": "A key is needed."},

@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from server.schemas import Answer, Body, ErrorObject
+from server.schemas import Answer, Body, ErrorObject, GuardVerdict
 
 
 class ClassifyRequest(Body):
@@ -49,6 +49,7 @@ class Classified(Answer):
     index: int
     predictions: list[Prediction] | None
     error: ErrorObject | None
+    guard: GuardVerdict | None = None
 
 
 class ClassifyResponse(Answer):

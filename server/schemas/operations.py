@@ -5,6 +5,18 @@ from typing import Literal
 from server.schemas import Answer
 
 
+class GuardState(Answer):
+    """The guard in use, and what it did since the server started."""
+
+    mode: Literal["fast", "thorough"]
+    fpr: float
+    """Share of clean pictures that it flags."""
+    threshold: float
+    pictures: int
+    """Looked at."""
+    flagged: int
+
+
 class ModelCard(Answer):
     """One model, as OpenAI lists it, with what it can do."""
 
@@ -14,6 +26,7 @@ class ModelCard(Answer):
     owned_by: str
     capabilities: list[str]
     dimensions: int
+    guard: GuardState | None = None
 
 
 class ModelList(Answer):

@@ -2,7 +2,7 @@
 
 from pydantic import ConfigDict, Field, StrictBool, StrictInt, model_validator
 
-from server.schemas import Answer, Body
+from server.schemas import Answer, Body, GuardVerdict
 
 
 class SearchRequest(Body):
@@ -44,3 +44,5 @@ class SearchResponse(Answer):
 
     model: str
     hits: list[SearchHit]
+    guard: GuardVerdict | None = None
+    """Of the picture that was searched with."""
