@@ -59,6 +59,7 @@ $(PEERS_STAMP): $(STAMP)
 	@touch $@
 
 ROWS ?=
+ONLY ?=
 NAMES ?= all
 bench-data: $(PEERS_STAMP)  ## the figures of the data path against their peers (about 40 minutes; ROWS=a,b for some)
 	$(call step,data path,$(BIN)/python tests/benchmarks/bench_data.py --rows "$(ROWS)")
@@ -70,13 +71,13 @@ claims: setup  ## every claim with three seeds, and both tables of the README (a
 	$(call step,claims,$(BIN)/vlp claims run $(NAMES))
 	$(call step,tables,$(BIN)/vlp claims table --readme README.md > /dev/null)
 
-prove-train: setup  ## the slow proofs of the trainer: kills, signals, damaged checkpoints, bad losses (about 20 minutes)
-	$(call step,proofs,$(BIN)/python tests/benchmarks/prove.py train)
+prove-train: setup  ## the slow proofs of the trainer: kills, signals, damage, all towers (about 30 minutes; ONLY=a_name)
+	$(call step,proofs,$(BIN)/python tests/benchmarks/prove.py train --only "$(ONLY)")
 
 prove-data: setup  ## the slow proofs of sharding and streaming: kills, faults, resume on other ranks (about 30 minutes)
 	$(call step,Ray and an S3 server,$(BIN)/python -m pip install --disable-pip-version-check --editable '.[serve$(COMMA)dev$(COMMA)ray$(COMMA)s3]'; \
 	  $(PYTHON) -m venv $(PEERS)/moto; $(PEERS)/moto/bin/python -m pip install --disable-pip-version-check 'moto[server]')
-	$(call step,proofs,$(BIN)/python tests/benchmarks/prove.py data)
+	$(call step,proofs,$(BIN)/python tests/benchmarks/prove.py data --only "$(ONLY)")
 
 format:  ## rewrite the sources as `make test` wants them
 	$(BIN)/ruff format .

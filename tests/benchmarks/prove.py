@@ -47,11 +47,13 @@ def proofs(report: Path, command: str) -> list[Proof]:
 
 @click.command()
 @click.argument("suite", type=click.Choice(sorted(SUITES)))
-def main(suite: str) -> None:
+@click.option("--only", default="", help="Expression of pytest's -k; proofs left out keep their figures.")
+def main(suite: str, only: str) -> None:
     """Run the slow tests of SUITE, write tests/benchmarks/results/SUITE-proofs.json, renew README's table."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-m", "slow", SUITES[suite], f"--junitxml={report}"]
+        command += ["-k", only] if only else []
         code = subprocess.run(command, cwd=ROOT, check=False).returncode
         result = write(f"{suite}-proofs", proofs(report, f"make prove-{suite}"))
     page = ROOT / "README.md"

@@ -41,7 +41,8 @@ SMALL: dict[str, Any] = {
     "mt5": transformers.MT5Config(vocab_size=1000, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2),
     "nllb": transformers.M2M100Config(
         vocab_size=1000, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, dropout=0.0, attention_dropout=0.0,
+        activation_dropout=0.0, encoder_layerdrop=0.0, decoder_layerdrop=0.0,
     ),
 }  # fmt: skip
 """Start of a text tower's name on the hub -> a config of its kind."""
