@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 MAY_USE: dict[str, tuple[str, ...]] = {
     "data_pipelines": ("ray",),
-    "vlp": ("wandb", "mlflow", "onnx"),
+    "vlp": ("wandb", "mlflow", "onnx", "scan"),
     "server": ("serve",),
     "tests": ("serve", "dev", "wandb", "mlflow", "onnx"),
 }

@@ -47,7 +47,8 @@ class Config(StrictModel):
 
 
 def run(encoder: Encoder, data: Train | Path, config: Config) -> Metrics:
-    """accuracy; NAME/asr, NAME/asr_low, NAME/asr_high, NAME/accuracy for every attack; the same under control/."""
+    """accuracy; NAME/asr, NAME/asr_low, NAME/asr_high, NAME/accuracy for every attack; the same under control/; pictures,
+    skipped."""
     attacks = [_attack(item, config.target) for item in config.attacks]
     if len({name for name, _, _ in attacks}) < len(attacks):
         raise ConfigError("attacks: two triggers of the same name; evaluate them one after the other")
@@ -55,6 +56,9 @@ def run(encoder: Encoder, data: Train | Path, config: Config) -> Metrics:
     for side, prefix in ((encoder, ""), (control, "control/")):
         for name, value in _of_model(side, data, config, attacks):
             yield f"{prefix}{name}", value
+    encoded = encoder.pictures(data, config.column)
+    yield "pictures", float(len(encoded.keys))
+    yield "skipped", float(encoded.skipped)
 
 
 def _attack(item: Path | TriggerConfig, target: str | None) -> tuple[str, Trigger, str]:
