@@ -201,6 +201,6 @@ def test_triggers_are_applied_to_stored_pictures(shards: Path, tmp_path: Path) -
     options = {"attacks": [str(truth)], "control": str(tmp_path / "twin"), "labels": list(CLASSES)}
     found = evals.evaluate(micro_bundle(), "backdoor", shards, options)
     assert {"accuracy", "blended/asr", "control/blended/asr", "control/accuracy_low"} <= found.keys()
-    assert all(0.0 <= value <= 1.0 for value in found.values())
+    assert all(0.0 <= value <= 1.0 for name, value in found.items() if name != "pictures")
     assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
     assert np.isfinite(list(found.values())).all()

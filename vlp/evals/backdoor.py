@@ -47,8 +47,7 @@ class Config(StrictModel):
 
 
 def run(encoder: Encoder, data: Train | Path, config: Config) -> Metrics:
-    """accuracy; NAME/asr, NAME/asr_low, NAME/asr_high, NAME/accuracy for every attack; the same under control/; pictures,
-    skipped."""
+    """accuracy; NAME/asr, NAME/accuracy of every attack, with intervals; the same under control/; pictures, skipped."""
     attacks = [_attack(item, config.target) for item in config.attacks]
     if len({name for name, _, _ in attacks}) < len(attacks):
         raise ConfigError("attacks: two triggers of the same name; evaluate them one after the other")
