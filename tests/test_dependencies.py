@@ -14,7 +14,7 @@ MAY_USE: dict[str, tuple[str, ...]] = {
     "data_pipelines": ("ray",),
     "vlp": ("wandb", "mlflow", "onnx", "scan"),
     "server": ("serve",),
-    "tests": ("serve", "dev", "wandb", "mlflow", "onnx"),
+    "tests": ("serve", "dev", "wandb", "mlflow", "onnx", "scan"),
 }
 """Top folder -> extras whose packages it may import, beside the core dependencies."""
 

@@ -79,13 +79,13 @@ def test_copies_are_flagged_and_left_out(shards: Path, bundle: Path, tmp_path: P
 
 
 def test_a_share_is_removed_and_every_sign_has_its_column(shards: Path, bundle: Path, tmp_path: Path) -> None:
-    chosen = [part for name in ALL for part in ("--method", name) if name != "isolation"]
+    chosen = [part for name in ALL for part in ("--method", name)]
     account = run(
         shards, "--bundle", bundle, "--reference", bundle, "--out", tmp_path, "--remove", 0.25, "--sample", 60, *chosen
     )
     assert account["flagged"] == 30
     table = pq.read_table(tmp_path / "scores.parquet")
-    assert set(ALL) - {"isolation"} < set(table.column_names)
+    assert set(ALL) < set(table.column_names)
     kept = load_keys(tmp_path / "keep.txt")
     worst = sorted(table.to_pylist(), key=lambda row: -row["suspicion"])
     assert min(row["suspicion"] for row in worst if row["key"] not in kept) >= max(
