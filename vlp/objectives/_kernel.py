@@ -26,6 +26,8 @@ Precision = Literal["fp32", "bf16"]
 
 TILE = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of a tile: 1024 stays in a core's caches, 8192 fills a GPU."""
+KEPT = 1 << 20
+"""Scores of a batch that is one tile and has no more of them stay until the backward pass."""
 RANGE = 80.0
 """Scores of a tile that lie no further apart share one offset under the exponential; float32 bears 87."""
 
@@ -173,10 +175,13 @@ class _TwoWay(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows, empty_5B = (job.cast(image_BD * scale), *labels), _no_sums(image_BD)
         row_5B = empty_5B.clone()
+        ctx.only = None
 
         def meet(own: bool, *columns: Tensor) -> Tensor:
             column_5B = empty_5B.clone()
             for tile in job.tiles(rows, columns, own):
+                if job.way == "gather" and len(tile.scores_RC) == len(image_BD) and tile.scores_RC.numel() <= KEPT:
+                    ctx.only = tile
                 mass_RC, offset = tile.masses()
                 for sums_5B, part, over in ((row_5B, tile.row, 1), (column_5B, tile.column, 0)):
                     _add(sums_5B[:, part], tile, mass_RC, offset, over, job.smoothing)
@@ -205,7 +210,7 @@ class _TwoWay(torch.autograd.Function):
 
         def meet(own: bool, text_BD: Tensor, column_4B: Tensor, *labels: Tensor) -> Tensor:
             pull_text_BD = torch.zeros_like(image_BD)
-            for tile in job.tiles(rows, (text_BD, *labels), own):
+            for tile in [ctx.only] if ctx.only else job.tiles(rows, (text_BD, *labels), own):
                 slope_RC = _slope(tile, row_4B[:, tile.row], column_4B[:, tile.column], job.smoothing)
                 _pull(tile, job.cast(slope_RC), text_BD, image_low_BD, pull_image_BD, pull_text_BD if wanted else None)
             return pull_text_BD
