@@ -74,7 +74,7 @@ class RunConfig(StrictModel):
     activation_checkpointing: bool = False
     """Compute the towers' activations again in the backward pass instead of keeping them: a third more time."""
     compile: bool = False
-    """torch.compile both towers: minutes at the start, faster steps on GPUs."""
+    """torch.compile the image tower, and the text tower unless its texts are trimmed: a minute or more at the start."""
     strategy: Strategy = "ddp"
     """With several ranks. ddp: each holds the whole model. fsdp: they share its towers (FSDP2), for large models."""
     device: str = "auto"

@@ -94,10 +94,10 @@ def test_a_share_is_removed_and_every_sign_has_its_column(shards: Path, bundle: 
 
 
 def test_suspicion_by_hand() -> None:
-    """Four samples. The first sign's highest is one of four, log10 4; its ties share 3/4; the second's highest is the
-    last. The rarest sign counts."""
-    found = suspicion({"a": torch.tensor([9.0, 1.0, 1.0, 0.0]), "b": torch.tensor([0.0, 0.0, 0.0, 5.0])})
-    assert found.tolist() == pytest.approx([math.log10(4), math.log10(4 / 3), math.log10(4 / 3), math.log10(4)])
+    """Four samples. By the first sign one of four is as high as the first, three as the two that tie, all as the last;
+    by the second two as the first and the last. log10 of 4 x 2, 4/3, 4/3 and 2."""
+    found = suspicion({"a": torch.tensor([9.0, 1.0, 1.0, 0.0]), "b": torch.tensor([5.0, 0.0, 0.0, 5.0])})
+    assert found.tolist() == pytest.approx([math.log10(8), math.log10(4 / 3), math.log10(4 / 3), math.log10(2)])
 
 
 def test_spreads_by_hand() -> None:

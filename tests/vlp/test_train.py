@@ -187,3 +187,13 @@ def test_a_best_metric_that_nothing_measures_is_named(micro_recipe: Make, tmp_pa
         keeping(micro_recipe(), "test/R@1")
     with pytest.raises(ConfigError, match="run.keep_best='val/nonsense' is no metric.*image_to_text/R@1"):
         train(keeping(micro_recipe(), "val/nonsense"), tmp_path / "run", show=False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the compiler warns about its own insides
+def test_compiled_towers_train_as_the_plain_ones_do(micro_recipe: Make, trained: Path, tmp_path: Path) -> None:
+    train(micro_recipe(compile=True, loggers=()), tmp_path / "run", show=False)
+    found, expected = (
+        [row["loss"] for row in RunLog(folder).rows("metrics.jsonl")] for folder in (tmp_path / "run", trained)
+    )
+    assert found == pytest.approx(expected, rel=1e-3)

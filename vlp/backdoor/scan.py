@@ -1,8 +1,8 @@
 """Which samples look planted: signs of poison for every sample, joined to one suspicion, a keep-list and weights.
 
 A scan sees keys, pictures and captions, never what `vlp poison` wrote beside them. Signs are numbers that are higher
-for what is suspicious. The suspicion of a sample is how rare its most unusual sign is; flagged is what lies far off the
-bulk of all samples by one of them, which is nothing in data without poison. Nothing is deleted: `keep.txt` leaves out
+for what is suspicious. The suspicion of a sample is how rare its signs are together; flagged is what lies far off the
+bulk of all samples by one of them, next to nothing in data without poison. Nothing is deleted: `keep.txt` leaves out
 what is flagged, `scores.parquet` has a weight for each sample. Suffixes: N samples, D width.
 """
 
@@ -36,8 +36,8 @@ SCORES, KEEP, ACCOUNT = "scores.parquet", "keep.txt", "scan.json"
 ALL = (*MEASURES, "similarity", "reference", "copies", "isolation")
 """Signs. similarity: picture and caption are unlike; reference: so says another model; copies: many samples of one
 caption and one picture; isolation: an isolation forest over all other signs."""
-DEFAULT = ("slof", "dao", "copies")
-"""Own similarity is not among them: a model that has learned a backdoor finds its poisons more alike than others."""
+DEFAULT = ("slof", "copies")
+"""With a reference model, its sign as well. Own similarity is not among them: a model that has learned a backdoor finds its poisons more alike than others."""
 COPIES = 3
 """So many samples of one picture and caption are as suspicious as one spread of another sign: flagged from 30 on."""
 SUSPECTS = 48
@@ -213,13 +213,14 @@ def spreads_of(signs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def suspicion(signs: dict[str, Tensor]) -> Tensor:
-    """N: minus the decimal logarithm of the share of samples whose sign is as strong, by the rarest sign of each."""
-    rarest = []
+    """N: for every sign minus the decimal logarithm of the share of samples that have it as strongly; their sum (after
+    Fisher's method, although signs are not independent: a rank, no probability)."""
+    total_N = torch.zeros(len(next(iter(signs.values()))))
     for sign_N in signs.values():
         _, where_N, count_U = sign_N.unique(return_inverse=True, return_counts=True)
         above_U = count_U.flip(0).cumsum(0).flip(0)
-        rarest.append(-(above_U[where_N].float() / len(sign_N)).log10())
-    return torch.stack(rarest).amax(dim=0)
+        total_N -= (above_U[where_N].float() / len(sign_N)).log10()
+    return total_N
 
 
 def _write_tables(out: Path, keys: Sequence[str], table: dict[str, Tensor], flagged_N: Tensor) -> None:

@@ -43,7 +43,7 @@ def write_page(data: Path, out: Path, account: Mapping[str, Any]) -> Path:
     rows = "".join(f"<tr><td class=m>{name}</td><td>{html.escape(value)}</td></tr>" for name, value in facts.items())
     note = (
         "<p>A flag is a reason to look, not a proof; a sample without one may be planted all the same. Below are the "
-        "most unusual samples by any sign; red frames are flagged.</p>"
+        "most unusual samples by all signs together; red frames are flagged.</p>"
     )
     page = (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"

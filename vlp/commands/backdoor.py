@@ -102,7 +102,9 @@ Examples:
 @click.option("--bundle", type=FOLDER, required=True, help="Model, best one trained on these very shards.")
 @click.option("--reference", type=FOLDER, help="Another model, that never saw them; adds the sign `reference`.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for scores.parquet, keep.txt, scan.json, report.html.")
-@click.option("--method", "methods", multiple=True, help="Signs to look for.  [default: slof, dao, copies]")
+@click.option(
+    "--method", "methods", multiple=True, help="Signs to look for.  [default: slof, copies, with --reference its own]"
+)
 @click.option("--k", default=16, show_default=True, help="Neighbours.")
 @click.option("--sample", default=2048, show_default=True, help="Random samples that neighbours are taken from.")
 @click.option("--limit", default=10.0, show_default=True, help="Flag from so many spreads above the middle on.")

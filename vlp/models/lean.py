@@ -25,9 +25,12 @@ class LeanModel(nn.Module):
         # asked for in so many words, because open_clip's CoCa normalises unless told otherwise
         image, text = (partial(encode, normalize=False) for encode in (model.encode_image, model.encode_text))
         self._image: Any = (lambda pixels: encode_pooled(visual, pixels)) if early else image
-        self._text: Any = (lambda tokens: encode_trimmed(tower, tokens)) if trim and can_trim(tower) else text
+        trimmed = trim and can_trim(tower)
+        self._text: Any = (lambda tokens: encode_trimmed(tower, tokens)) if trimmed else text
         if compiled:
-            self._image, self._text = torch.compile(self._image), torch.compile(self._text, dynamic=True)
+            self._image = torch.compile(self._image)
+            # where texts are cut depends on their words: compiled, every new length would be compiled anew
+            self._text = self._text if trimmed else torch.compile(self._text)
 
     @property
     def logit_scale(self) -> nn.Parameter:
