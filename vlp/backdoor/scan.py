@@ -37,7 +37,8 @@ ALL = (*MEASURES, "similarity", "reference", "copies", "isolation")
 """Signs. similarity: picture and caption are unlike; reference: so says another model; copies: many samples of one
 caption and one picture; isolation: an isolation forest over all other signs."""
 DEFAULT = ("slof", "copies")
-"""With a reference model, its sign as well. Own similarity is not among them: a model that has learned a backdoor finds its poisons more alike than others."""
+"""With a reference model, its sign as well. Own similarity is not among them: a model that has learned a backdoor finds
+its poisons more alike than others."""
 COPIES = 3
 """So many samples of one picture and caption are as suspicious as one spread of another sign: flagged from 30 on."""
 SUSPECTS = 48
