@@ -198,7 +198,8 @@ def test_a_rank_fetches_its_own_shards_ahead_of_time_and_no_others(tmp_path: Pat
             "partitions": 8,
             "window": 1,
             "image": {"size": 8},
-            "read_ahead": 2,
+            "prefetch": 1,
+            "read_ahead": 1,  # both small: the next epoch, which has other shards for each rank, stays out of reach
         }
     )
     fetched = []
