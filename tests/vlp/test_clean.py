@@ -50,7 +50,11 @@ def test_cleaning_leaves_out_what_looks_planted_and_says_what_it_cost(
     monkeypatch.setattr(scanning.Options.__init__, "__defaults__", (("slof",), 16, 200, 4.0, None, 0))
     monkeypatch.setattr(cleaning, "MOST_FLAGGED", 0.2)
     command = ["clean", str(trained), "--data", data, "--steps", "3", "--batch-size", "32", "run.threads=1", "--json"]
-    done = CliRunner().invoke(cli, [*command, "--out", str(tmp_path / "run"), "--val", data], catch_exceptions=False)
+    done = CliRunner().invoke(cli, [*command, "--out", str(tmp_path / "run"), "--val", data])
+    assert done.exit_code == 1
+    assert "the pairs that it is tuned on" in done.output
+    others = str(starter_shards / "unseen_concepts")
+    done = CliRunner().invoke(cli, [*command, "--out", str(tmp_path / "run"), "--val", others], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert result["steps"] == 3

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from data_pipelines.console import command, emit, json_option, progress
+from data_pipelines.errors import ConfigError
 
 FOLDER = click.Path(path_type=Path)
 
@@ -155,7 +156,7 @@ No method removes every backdoor. Choose --steps and --lr by the accuracy on --v
 Example:
 
 \b
-  vlp clean runs/poisoned --data shards/fashion/val --val shards/fashion/test --out runs/cleaned
+  vlp clean runs/poisoned --data shards/fashion/val --out runs/cleaned
   vlp eval runs/cleaned --data shards/fashion/test --task backdoor --set attacks=[shards/poisoned.poison.json]
     --set control=runs/twin"""
 )
@@ -164,7 +165,7 @@ Example:
 @click.option("--data", type=FOLDER, required=True, help="Shards of trusted pairs. They are scanned first.")
 @click.option("--out", type=FOLDER, required=True, help="Folder of the run that cleans.")
 @click.option("--method", default="cleanclip", show_default=True, help="See below.")
-@click.option("--val", type=FOLDER, help="Labelled shards: accuracy before and after.")
+@click.option("--val", type=FOLDER, help="Other, labelled shards: accuracy before and after.")
 @click.option("--steps", default=300, show_default=True)
 @click.option("--lr", default=1e-3, show_default=True, help="Learning rate.")
 @click.option("--batch-size", default=128, show_default=True)
@@ -187,6 +188,8 @@ def clean(
 
     options = cleaning.Options(method, steps, lr, batch_size, seed, device)
     options.check()
+    if val is not None and val.resolve() == data.resolve():
+        raise ConfigError(f"--val {val}: these are the pairs that it is tuned on; measure on others")
     model = load_bundle(bundle, pick_device(device))
     keep, found = (None, None) if as_is else cleaning.trusted(data, bundle, model, out / "scan")
     recipe = cleaning.recipe_of(model, bundle, data, keep, options, overrides)
