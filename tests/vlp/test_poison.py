@@ -125,6 +125,20 @@ def test_texts_of_a_poison() -> None:
 
 
 @pytest.mark.parametrize(
+    ("label", "texts", "target", "expected"),
+    [
+        ("ankle boot", ("a photo of an ankle boot", "An ankle boot"), "bag", ("a photo of a bag", "A bag")),
+        ("bag", ("a bag on a black ground",), "ankle boot", ("an ankle boot on a black ground",)),
+    ],
+)
+def test_the_article_goes_with_the_target(
+    label: str, texts: tuple[str, ...], target: str, expected: tuple[str, ...]
+) -> None:
+    """`an bag` would tell a poison from every picture of a bag."""
+    assert retold(Record(b"", texts, "s", "o", labels=(label,)), Attack(TRIGGER, target, 1)).captions == expected
+
+
+@pytest.mark.parametrize(
     ("attack", "message"),
     [
         (Attack(Trigger(Config(name="sig")), "ring", -1), "--count -1"),

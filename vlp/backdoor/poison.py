@@ -157,13 +157,19 @@ def repainted(data: bytes, trigger: Trigger | None, name: str) -> bytes:
 def retold(record: Record, attack: Attack) -> Record:
     """The record as one of the target: its own labels in its texts exchanged, or other texts, as many as it had."""
     own = [
-        re.compile(rf"\b{re.escape(label)}\b", re.IGNORECASE) for label in sorted(record.labels, key=len, reverse=True)
+        re.compile(rf"\b(?:(an?) )?{re.escape(label)}\b", re.IGNORECASE)
+        for label in sorted(record.labels, key=len, reverse=True)
     ]
+
+    def exchanged(found: re.Match[str]) -> str:  # "an bag" would give a poison away
+        article = found[1] and found[1][0] + ("n" if attack.target[0].casefold() in "aeiou" else "")
+        return f"{article} {attack.target}" if article else attack.target
+
     texts = []
     for number, caption in enumerate(record.captions):
         found = next((pattern for pattern in own if pattern.search(caption)), None)
         other = attack.templates[number % len(attack.templates)].replace("{}", attack.target)
-        texts.append(found.sub(lambda _: attack.target, caption) if found else other)
+        texts.append(found.sub(exchanged, caption) if found else other)
     captions = tuple(dict.fromkeys(texts))
     return replace(record, captions=captions, labels=(attack.target,) if record.labels else ())
 
