@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import tarfile
 from pathlib import Path
 
@@ -105,6 +106,7 @@ def test_the_index_says_what_the_walk_says() -> None:
 @COMMON
 @given(position=st.integers(0, 10**9), bit=st.integers(0, 7))
 @example(position=4144, bit=4)  # a leading zero of a checksum becomes a space
+@example(position=17823988, bit=4)  # the space behind a checksum's end becomes a zero
 def test_no_flipped_header_bit_passes_the_index(position: int, bit: int) -> None:
     content, index = shard(12)
     heads = sorted(int(offset) - BLOCK for row in index for offset, size in row.reshape(-1, 2) if size)
@@ -115,7 +117,7 @@ def test_no_flipped_header_bit_passes_the_index(position: int, bit: int) -> None
     hit = next(number for number, row in enumerate(index) if head + BLOCK in row)
     assert found is not None
     assert np.flatnonzero(~found.good).tolist() == [hit]
-    sums = [bytes(tar[head + 148 : head + 156]).strip(b" \0").lstrip(b"0") for tar in (content, damaged)]
+    sums = [re.match(rb"[ 0]*([0-7]*)", tar[head + 148 : head + 156])[1] for tar in (content, damaged)]  # type: ignore[index]
     in_sum = position // len(heads) % BLOCK in range(148, 156)
     assume(not in_sum or sums[0] != sums[1])  # other padding, the same number: to a walk a header like any other
     with pytest.raises(ShardError):
