@@ -3,12 +3,14 @@
 Suffixes: B samples of this rank, D embedding width.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from data_pipelines.batch import Batch
 from data_pipelines.errors import ConfigError
@@ -27,12 +29,17 @@ from vlp.objectives.base import (
 
 Between = Literal["texts", "views"]
 """What a term compares. texts: a picture with its texts. views: a picture's augmented views with each other."""
+Projector = tuple[int, int] | None
+"""Widths of the hidden layer and the output of an MLP between the embedding and a term; none: the embedding itself."""
 Term = tuple[Tensor, Mapping[str, Tensor]]
 """A loss and what to log of it."""
 
 
-def check(weight: float, clip_weight: float, mask: Mask, between: Between = "views") -> None:
-    """Raise ConfigError where nothing would be trained, or where the mask has no effect."""
+def check(weight: float, clip_weight: float, mask: Mask, between: Between = "views", project: Projector = None) -> None:
+    """Raise ConfigError where nothing would be trained, or where the mask or the projector has no effect."""
+    if project is not None and (not weight or between == "texts"):
+        why = "objective.between=texts" if weight else "objective.weight=0"
+        raise ConfigError(f"objective.projector={list(project)} has no effect with {why}: leave it out")
     if weight == clip_weight == 0:
         raise ConfigError(
             "objective.weight=0 and objective.clip_weight=0 leave nothing to train: give one of them a positive weight"
@@ -74,11 +81,30 @@ def encode(
     return features
 
 
-def sides(features: Features, between: Between) -> tuple[Tensor, ...]:
-    """All views of the pictures, or all their texts, in float32; each BD."""
+class Project(nn.Module):
+    """What views pass on their way to a term; the embedding before it is what is kept and served."""
+
+    def __init__(self, embed: int, sizes: Projector) -> None:
+        """`embed`: D."""
+        super().__init__()
+        self.width = embed
+        if sizes is not None:
+            self.mlp = nn.Sequential(nn.Linear(embed, sizes[0]), nn.ReLU(), nn.Linear(*sizes))
+            self.width = sizes[1]
+        self.scale = math.sqrt(embed)
+        """Gives entries of a unit vector, at whose size biases would drown them, a variance of 1."""
+
+    def forward(self, view_BD: Tensor) -> Tensor:
+        """Unit vectors to unit vectors, BD to B x width."""
+        return F.normalize(self.mlp(self.scale * view_BD), dim=1) if hasattr(self, "mlp") else view_BD
+
+
+def sides(features: Features, between: Between, project: Project | None = None) -> tuple[Tensor, ...]:
+    """All views of the pictures, projected, or all their texts, in float32; each BD."""
     first_BD = features.image_BD if between == "views" else features.text_BD
     kind = "view " if between == "views" else "text "
-    return first_BD.float(), *(value.float() for name, value in features.extra.items() if name.startswith(kind))
+    found = first_BD.float(), *(value.float() for name, value in features.extra.items() if name.startswith(kind))
+    return tuple(map(project, found)) if project is not None and between == "views" else found
 
 
 def no_negatives(features: Features) -> Tensor:

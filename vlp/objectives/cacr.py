@@ -65,12 +65,15 @@ class Config(StrictModel):
     """Of the repulsion. euclidean: -d. rbf: the logarithm of the mean of exp(-rbf_t d)."""
     rbf_t: float = Field(2.0, gt=0)
     """Factor of the distance in the rbf cost."""
+    projector: beside.Projector = None
+    """Widths of the hidden layer and the output of an MLP that views pass before they are compared, as in the paper;
+    null: the embedding itself is compared."""
     mask: Mask = "none"
     """Which pairs are not used as negatives, as for the objective clip; by CLIP, and here between texts."""
 
     @model_validator(mode="after")
     def _every_option_has_an_effect(self) -> "Config":
-        beside.check(self.weight, self.clip_weight, self.mask, self.between)
+        beside.check(self.weight, self.clip_weight, self.mask, self.between, self.projector)
         refuse_idle(self, {"weight=0": () if self.weight else OWN})
         if self.alpha == self.beta == 0:
             raise ConfigError("objective.alpha=0 and objective.beta=0 leave nothing of the term: set weight=0 instead")
@@ -129,11 +132,12 @@ def between_texts(
 
 
 class Cacr(nn.Module):
-    """Holds the options; has no state of its own."""
+    """Holds the options and the projector."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, dims: Dims) -> None:
         super().__init__()
         self.config = config
+        self.project = beside.Project(dims.embed, config.projector)
         self.clip = clip.Config(mask=config.mask)
 
     def encode(self, model: Encoder, pixels_BCHW: Tensor, batch: Batch) -> Features:
@@ -150,7 +154,7 @@ class Cacr(nn.Module):
 
     def _term(self, features: Features) -> beside.Term:
         config = self.config
-        views = tuple(map(gather, beside.sides(features, config.between)))
+        views = tuple(map(gather, beside.sides(features, config.between, self.project)))
         if config.between == "views":
             pull, push = between_views(views, config)
         else:
@@ -160,5 +164,5 @@ class Cacr(nn.Module):
 
 
 def build(config: Config, dims: Dims) -> Cacr:
-    """The objective; it needs no dimensions."""
-    return Cacr(config)
+    """The objective; a projector takes the embedding's width."""
+    return Cacr(config, dims)

@@ -62,6 +62,9 @@ class Config(StrictModel):
     """Fixed temperature; none: the model's learned scale, which with decoupled=true needs `max_scale`."""
     max_scale: float | None = Field(None, gt=0)
     """Largest value of the learned scale; above, it gets no gradient."""
+    projector: beside.Projector = None
+    """Widths of the hidden layer and the output of an MLP that views pass before they are compared, as in the paper;
+    null: the embedding itself is compared."""
     mask: Mask = "none"
     """Which pairs are not used as negatives, as for the objective clip; between texts alone."""
     exchange: Exchange = "auto"
@@ -84,6 +87,7 @@ class Config(StrictModel):
         idle = {
             "sigma": self.positive_weight == "none" and "without positive_weight='vmf'",
             "max_scale": self.temperature is not None and "beside a fixed objective.temperature; set it to null",
+            "projector": self.between == "texts" and "between='texts'",
             "mask": self.between == "views" and "between='views'",
         }
         for name, where in idle.items():
@@ -152,11 +156,12 @@ def between_texts(features: Features, scale: Tensor, config: Config) -> tuple[Te
 
 
 class Decoupled(nn.Module):
-    """Holds the options; has no state of its own."""
+    """Holds the options and the projector."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, dims: Dims) -> None:
         super().__init__()
         self.config = config
+        self.project = beside.Project(dims.embed, config.projector)
 
     def encode(self, model: Encoder, pixels_BCHW: Tensor, batch: Batch) -> Features:
         """Both towers once, or every view through the image tower."""
@@ -172,7 +177,7 @@ class Decoupled(nn.Module):
         elif config.max_scale is not None:
             scale = logit_scale.clamp(max=config.max_scale)
         if config.between == "views":
-            pairs = combinations(beside.sides(features, "views"), 2)
+            pairs = combinations(beside.sides(features, "views", self.project), 2)
             loss = torch.stack([between_views(*pair, scale, config) for pair in pairs]).mean()
             return LossOutput(loss, {"view_to_view": loss.detach()})
         forward, backward = between_texts(features, scale, config)
@@ -181,5 +186,5 @@ class Decoupled(nn.Module):
 
 
 def build(config: Config, dims: Dims) -> Decoupled:
-    """The objective; it needs no dimensions."""
-    return Decoupled(config)
+    """The objective; a projector takes the embedding's width."""
+    return Decoupled(config, dims)

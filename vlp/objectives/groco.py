@@ -52,12 +52,15 @@ class Config(StrictModel):
     advisable."""
     beta: float = Field(1.0, gt=0)
     """Steepness of a swap."""
+    projector: beside.Projector = None
+    """Widths of the hidden layer and the output of an MLP that views pass before they are compared, as in the paper;
+    null: the embedding itself is compared."""
     mask: Mask = "none"
     """Which pairs are not used as negatives, as for the objective clip; by CLIP, and here between texts."""
 
     @model_validator(mode="after")
     def _every_option_has_an_effect(self) -> "Config":
-        beside.check(self.weight, self.clip_weight, self.mask, self.between)
+        beside.check(self.weight, self.clip_weight, self.mask, self.between, self.projector)
         refuse_idle(self, {"weight=0": () if self.weight else ("k", "beta", "between")})
         return self
 
@@ -139,11 +142,12 @@ def order(
 
 
 class GroCo(nn.Module):
-    """Holds the options; has no state of its own."""
+    """Holds the options and the projector."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, dims: Dims) -> None:
         super().__init__()
         self.config = config
+        self.project = beside.Project(dims.embed, config.projector)
         self.clip = clip.Config(mask=config.mask)
 
     def encode(self, model: Encoder, pixels_BCHW: Tensor, batch: Batch) -> Features:
@@ -159,7 +163,7 @@ class GroCo(nn.Module):
         return beside.together(features, logit_scale, self.clip, config.clip_weight, config.weight, term)
 
     def _term(self, features: Features) -> beside.Term:
-        views = beside.sides(features, self.config.between)
+        views = beside.sides(features, self.config.between, self.project)
         found = self._of_views(views) if self.config.between == "views" else self._of_texts(features, views)
         loss, ordered = (torch.stack(column).mean() for column in zip(*found, strict=True))
         return loss, {"sorting": loss, "ordered": ordered}
@@ -186,5 +190,5 @@ class GroCo(nn.Module):
 
 
 def build(config: Config, dims: Dims) -> GroCo:
-    """The objective; it needs no dimensions."""
-    return GroCo(config)
+    """The objective; a projector takes the embedding's width."""
+    return GroCo(config, dims)

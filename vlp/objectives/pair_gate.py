@@ -58,12 +58,15 @@ class Config(StrictModel):
     """Give gated vectors unit length again: l is then a cosine."""
     init_scale: float = Field(10.0, ge=1, le=MAX_SCALE)
     """First value of the learned scale s, at most 100."""
+    projector: beside.Projector = None
+    """Widths of the hidden layer and the output of an MLP that views pass before they are compared, as in the paper;
+    null: the embedding itself is compared."""
     mask: Mask = "none"
     """Which pairs are not used as negatives by CLIP, as for the objective clip."""
 
     @model_validator(mode="after")
     def _every_option_has_an_effect(self) -> "Config":
-        beside.check(self.weight, self.clip_weight, self.mask)
+        beside.check(self.weight, self.clip_weight, self.mask, project=self.projector)
         own = ("source", "width", "hidden", "fuse", "renormalise", "init_scale")
         refuse_idle(self, {"weight=0": () if self.weight else own})
         return self
@@ -108,7 +111,7 @@ def gated_contrast(
 
 
 class Hydra(nn.Module):
-    """Holds the gate, the learned scale, and the number of updates, which the partners are drawn by."""
+    """Holds the projector, the gate, the learned scale, and the number of updates, which the partners are drawn by."""
 
     updates: Tensor
 
@@ -125,7 +128,8 @@ class Hydra(nn.Module):
                 f"objective.source={config.source!r} needs data.{config.source}, which this recipe does not have: "
                 "set it, or objective.source to the other one of labels, clusters"
             )
-        self.gate = PairGate(classes, dims.embed, config.width, config.hidden, config.fuse)
+        self.project = beside.Project(dims.embed, config.projector)
+        self.gate = PairGate(classes, self.project.width, config.width, config.hidden, config.fuse)
         self.gate_scale = nn.Parameter(torch.tensor(math.log(config.init_scale)))
         self.register_buffer("updates", torch.tensor(0))
 
@@ -154,7 +158,7 @@ class Hydra(nn.Module):
         return beside.together(features, logit_scale, self.clip, config.clip_weight, config.weight, term)
 
     def _term(self, features: Features) -> beside.Term:
-        views = map(gather, beside.sides(features, "views"))
+        views = map(gather, beside.sides(features, "views", self.project))
         label_B, draw_B = gather(features.extra["label"]), gather(features.extra["draw"])
         known_B = label_B >= 0
         first_BD, second_BD = (view_BD[known_B] for view_BD in views)
