@@ -29,6 +29,7 @@ METHODS: dict[str, Settings] = {
         "data": {"views": 2, "texts": 2, "strong": VIEWS, "captions": {"eda": {}}},
     },
     "augmented": {"data": {"augment": {**VIEWS, "crop": 0.5}}},
+    "unlearn": {"objective": {"name": "unlearn"}},
     "supervised": {
         "model": {"lock_text": True},
         "data": {"captions": {"labels": 1.0, "alternative": 0.0, "with_labels": 0.0}},
