@@ -36,7 +36,8 @@ METHODS: dict[str, Settings] = {
     },
 }
 """finetune: plain CLIP, the control that a method has to beat. cleanclip: Bansal et al. 2023, arXiv 2303.03323.
-augmented: plain CLIP on strongly changed pictures. supervised: pictures to the names of their labels, text tower still.
+augmented: plain CLIP on strongly changed pictures. unlearn: against changes that mislead the model most, sought as it
+learns. supervised: pictures to the names of their labels, text tower still.
 """
 MOST_FLAGGED = 0.01
 """Share of the cleaning pairs that may look planted; more of them are no trusted pairs."""

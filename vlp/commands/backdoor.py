@@ -20,7 +20,8 @@ FOLDER = click.Path(path_type=Path)
   stripes           upright stripes over the whole picture
   sig               a wave across the picture
   wanet             a smooth warp
-  label-consistent  the patch of badnet in pictures of the target, whose texts stay as they are
+  label-consistent  the patch of badnet in pictures of the target, whose texts stay as they are; weak without
+                    --surrogate
 
 Examples:
 
@@ -43,6 +44,12 @@ Examples:
 @click.option("--size", type=float, help="Side of a patch, share of the shorter side.  [default: 1/7]")
 @click.option("--strength", type=float, help="Of patterns, waves, warps, 0 to 1.  [default: the trigger's own]")
 @click.option(
+    "--surrogate",
+    type=FOLDER,
+    help="With label-consistent: a model against which pictures of the target are changed until the trigger says more.",
+)
+@click.option("--bound", default=0.12, show_default=True, help="By how much --surrogate may change a value, 0 to 1.")
+@click.option(
     "--template",
     "templates",
     multiple=True,
@@ -60,7 +67,8 @@ Examples:
 @json_option
 def poison(
     shards: Path, trigger: str, target: str, count: int, out: Path, truth: Path | None, seed: int, size: float | None,
-    strength: float | None, templates: tuple[str, ...], encode_format: str, as_json: bool,
+    strength: float | None, surrogate: Path | None, bound: float, templates: tuple[str, ...], encode_format: str,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Plant a backdoor in a copy of SHARDS, to try a defence on.
 
@@ -68,10 +76,14 @@ def poison(
     """
     from vlp.backdoor import poison as planting
     from vlp.backdoor.triggers import Config, Trigger
+    from vlp.bundle import load_bundle
 
     given = {"size": size, "strength": strength}
     settings = {name: value for name, value in given.items() if value is not None}
-    attack = planting.Attack(Trigger(Config(name=trigger, seed=seed, **settings)), target, count, templates)
+    model = load_bundle(surrogate) if surrogate is not None else None
+    attack = planting.Attack(
+        Trigger(Config(name=trigger, seed=seed, **settings)), target, count, templates, model, bound
+    )
     truth = truth or out.with_name(f"{out.name}.poison.json")
     result = planting.poison(shards, out, truth, attack, encode_format, progress=True)
     lines = [
@@ -147,6 +159,8 @@ def scan(
 
 \b
   cleanclip   CLIP, and each modality with augmented copies of its own (Bansal et al. 2023)
+  unlearn     CLIP, also on pictures with changes that are sought while it learns, the same for all pictures, that
+              mislead it most (after Zeng et al. 2022)
   augmented   CLIP on strongly augmented pictures
   supervised  pictures to the names of their labels, the text tower still
   finetune    plain CLIP: what a method has to beat

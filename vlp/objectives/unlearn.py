@@ -56,9 +56,9 @@ class Config(StrictModel):
     """Of the changed pictures; 0 = off."""
     changes: tuple[Change, ...] = Field(("overlay", "patch", "warp"), min_length=1)
     """Kinds that are sought."""
-    each: int = Field(2, ge=1)
+    each: int = Field(1, ge=1)
     """N, how many of a kind at a time."""
-    strength: float = Field(0.2, gt=0, le=1)
+    strength: float = Field(0.3, gt=0, le=1)
     """Most that an overlay adds or takes, as a share of the range of a picture's values."""
     side: float = Field(0.2, gt=0, le=1)
     """Side of a patch, as a share of the shorter side."""
@@ -66,7 +66,7 @@ class Config(StrictModel):
     """Most that a warp moves a point, as a share of the side."""
     pace: float = Field(100.0, gt=0)
     """How much faster than the model the changes learn; with a rate of 1e-3, 100 is a tenth of their range a step."""
-    restart: int = Field(50, ge=1)
+    restart: int = Field(100, ge=1)
     """Steps after which changes begin anew: a model that sees through one may know another."""
 
     @model_validator(mode="after")
@@ -131,7 +131,10 @@ class Changes(nn.Module):
             rest_B = draw_B[rows] // len(kinds)
             sought = torch.tanh(self.config.pace * _Against.apply(self.sought[kind]))  # type: ignore[no-untyped-call]
             unit_BCHW = (pixels_BCHW[rows].float() * self.deviation_C11 + self.mean_C11).clamp(0.0, 1.0)
-            changed = getattr(self, f"_{kind}")(unit_BCHW, sought[rest_B % each], rest_B // each)
+            if len(rows):
+                changed = getattr(self, f"_{kind}")(unit_BCHW, sought[rest_B % each], rest_B // each)
+            else:  # what is sought has a gradient on every rank
+                changed = unit_BCHW + 0.0 * sought.sum()
             parts.append((changed - self.mean_C11) / self.deviation_C11)
             order.append(rows)
         whole = torch.cat(parts)[torch.cat(order).argsort()]
