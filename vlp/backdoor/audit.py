@@ -10,8 +10,8 @@ Suffixes: N pictures, C channels, H, W rows and columns, L labels, D embedding w
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class Account:
     scores: dict[str, list[float]]
     seconds: float
     victim: Victim
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """What the audit was made of, for the account: model, shards, options."""
 
     @property
     def top(self) -> tuple[str, int]:
@@ -97,7 +99,7 @@ class Account:
             "target": self.labels[label] if self.suspicious else None, "kind": kind if self.suspicious else None,
             "score": round(self.scores[kind][label], 3), "threshold": THRESHOLD, "lead": LEAD, "goal": GOAL,
             "labels": len(self.labels), "kinds": list(self.found), "pictures": self.pictures,
-            "seconds": round(self.seconds, 1), "rows": rows,
+            "seconds": round(self.seconds, 1), "rows": rows, **self.origin,
         }  # fmt: skip
 
 

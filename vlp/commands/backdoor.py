@@ -1,5 +1,6 @@
 """`vlp poison`, `vlp scan`, `vlp clean`."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -195,9 +196,12 @@ def clean(
 
     KEY=VALUE changes the recipe that results, as for `vlp train`.
     """
+    from vlp import __version__
     from vlp.backdoor import clean as cleaning
+    from vlp.backdoor.chain import CLEANED, write_json
     from vlp.bundle import load_bundle
     from vlp.distributed import pick_device
+    from vlp.embed import weights_digest
     from vlp.train import train
 
     options = cleaning.Options(method, steps, lr, batch_size, seed, device)
@@ -214,6 +218,8 @@ def clean(
         "bundle": summary["bundle"], "method": method, "steps": summary["steps"], "pairs_left_out":
         found["flagged"] if found else 0, "accuracy_before": before, "accuracy_after": after,
     }  # fmt: skip
+    start = {"model": model.name, "weights_sha256": weights_digest(bundle)}
+    write_json(out / CLEANED, {**result, "version": __version__, "start": start, "options": asdict(options)})
     lines = [f"tuned by {method} for {summary['steps']} steps: {summary['bundle']}"]
     if found and found["flagged"]:
         lines.append(f"  {found['flagged']} of {found['pictures']} pairs look planted and were left out: {keep}")
