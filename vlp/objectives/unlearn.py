@@ -155,11 +155,16 @@ class Changes(nn.Module):
         return changed
 
     def _warp(self, unit_BCHW: Tensor, value_B2GG: Tensor, draw_B: Tensor) -> Tensor:
-        shift = F.interpolate(value_B2GG, unit_BCHW.shape[2:], mode="bicubic", align_corners=True)
-        straight = torch.eye(2, 3, device=unit_BCHW.device).expand(len(unit_BCHW), 2, 3)
-        grid = F.affine_grid(straight, list(unit_BCHW.shape), align_corners=False)
-        moved = grid + 2.0 * self.config.bend * shift.permute(0, 2, 3, 1)  # a picture is 2 wide there
-        return F.grid_sample(unit_BCHW, moved, padding_mode="border", align_corners=False)
+        return warped(unit_BCHW, self.config.bend * value_B2GG)
+
+
+def warped(unit_BCHW: Tensor, shift_B2GG: Tensor) -> Tensor:
+    """Pictures whose points come from elsewhere, smoothly: from `shift_B2GG` of the sides to the right and below."""
+    shift = F.interpolate(shift_B2GG, unit_BCHW.shape[2:], mode="bicubic", align_corners=True)
+    straight = torch.eye(2, 3, device=unit_BCHW.device).expand(len(unit_BCHW), 2, 3)
+    grid = F.affine_grid(straight, list(unit_BCHW.shape), align_corners=False)
+    moved = grid + 2.0 * shift.permute(0, 2, 3, 1)  # a picture is 2 wide there
+    return F.grid_sample(unit_BCHW, moved, padding_mode="border", align_corners=False)
 
 
 class Unlearn(nn.Module):
