@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test bench-data prove-data bench-train prove-train prove-trust claims format clean
+.PHONY: help setup demo test bench-data prove-data bench-train prove-train bench-backdoor prove-trust claims format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -73,6 +73,9 @@ claims: setup  ## every claim with three seeds, and both tables of the README (a
 
 prove-train: setup  ## the slow proofs of the trainer: kills, signals, damage, all towers (about 30 minutes; ONLY=a_name)
 	$(call step,proofs,$(BIN)/python tests/benchmarks/prove.py train --only "$(ONLY)")
+
+bench-backdoor: setup  ## attacks and defences, six triggers with three seeds (about four hours; goes on where it stopped)
+	$(call step,backdoors,$(BIN)/python tests/benchmarks/bench_backdoor.py)
 
 prove-data: setup  ## the slow proofs of sharding and streaming: kills, faults, resume on other ranks (about 30 minutes)
 	$(call step,Ray and an S3 server,$(BIN)/python -m pip install --disable-pip-version-check --editable '.[serve$(COMMA)dev$(COMMA)ray$(COMMA)s3]'; \

@@ -24,6 +24,10 @@ COMMANDS = {
     "poison": ("vlp.commands.backdoor:poison", "Plant a backdoor in a copy of shards, to try a defence on."),
     "scan": ("vlp.commands.backdoor:scan", "Look for planted samples in shards."),
     "clean": ("vlp.commands.backdoor:clean", "Tune a model on trusted pairs so that it may forget a backdoor."),
+    "backdoor": (
+        "vlp.commands.backdoor_report:backdoor",
+        "Account for all that was done about a backdoor, or check it.",
+    ),
     "audit": ("vlp.commands.audit:audit", "Ask whether a model is backdoored, for which label, with which trigger."),
     "guard": ("vlp.commands.guard:guard", "Learn how a bundle sees clean pictures, to flag triggered ones in use."),
     "index": ("server.cli:index", "Build a search index from an embed folder."),

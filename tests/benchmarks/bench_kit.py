@@ -123,6 +123,8 @@ def table(result: Path) -> str:
     data = json.loads(result.read_text())
     if data["suite"] == "claims":
         return claims_table(data["rows"])
+    if data["suite"] == "backdoor":
+        return _table_of_figures(data)
     if "value" in data["rows"][0]:
         return _table_of_proofs(data)
     lines = ["| measure | peer | ratio (low - high) | goal | |", "|---|---|---|---|---|"]
@@ -142,6 +144,15 @@ def _measured(rows: Sequence[Mapping[str, str]]) -> str:
     found = [list(dict.fromkeys(row[name] for row in rows)) for name in ("machine", "date", "revision")]
     machines, dates, revisions = (", ".join(values) for values in found)
     return f"{machines}; {dates}; revision {revisions}."
+
+
+def _table_of_figures(data: dict[str, Any]) -> str:
+    lines = ["| promise | mean ± deviation over seeds | goal, of every seed | |", "|---|---|---|---|"]
+    lines += [
+        f"| {row['name']}; {row['note']} | **{row['value']}** | {row['goal']} | {'met' if row['met'] else 'not met'} |"
+        for row in data["rows"]
+    ]
+    return "\n".join([*lines, "", _measured(data["rows"])])
 
 
 def _table_of_proofs(data: dict[str, Any]) -> str:

@@ -101,20 +101,20 @@ def test_the_backdoor_and_its_target_are_found_and_the_account_is_written(folder
     assert reached[0]["success"] > 0.7
     stored = json.loads((out / "audit.json").read_text())
     assert stored == {key: result[key] for key in stored}
-    assert len(stored["rows"]) == 2 * len(LABELS)
+    assert len(stored["rows"]) == 3 * len(LABELS)
     with Image.open(out / "trigger-patch.png") as image:
         values = np.asarray(image).reshape(16, 14, 16, 14, 3)[:, 0, :, 0].astype(int)
     strongest = values[np.unravel_index(np.abs(values - 128).sum(axis=2).argmax(), (16, 16))]
     assert strongest[1] < 100 < min(strongest[0], strongest[2]), f"not magenta: {strongest}"
     page = (out / "audit.html").read_text()
     assert "blue triangle" in page
-    assert page.count("data:image/png") == 4
+    assert page.count("data:image/png") == 6
 
 
 def test_no_label_of_the_twin_stands_out_and_nobody_calls_it_clean(folder: Path) -> None:
     done = run(folder / "twin", "--data", folder / "clean", "--steps", 30)
     assert done.exit_code == 0, done.output
-    assert "no target stands out; tested 6 labels with these two kinds: patch and overlay" in done.stdout
+    assert "no target stands out; tested 6 labels with these kinds of change: patch, overlay, warp" in done.stdout
     assert "clean" not in done.stdout.lower()
     assert "free" not in done.stdout.lower()
 
@@ -130,9 +130,9 @@ def test_scores_by_hand() -> None:
 
 
 def test_who_stands_out_is_far_off_and_alone() -> None:
-    assert stands_out([0.0, 3.1, 2.3, -1.0, 0.0])
-    assert not stands_out([0.0, 2.9, 0.0, -1.0, 0.0]), "too near"
-    assert not stands_out([0.0, 3.1, 2.5, -1.0, 0.0]), "in company"
+    assert stands_out([0.0, 3.1, 2.3, -1.0, 0.0], 3.0)
+    assert not stands_out([0.0, 2.9, 0.0, -1.0, 0.0], 3.0), "too near"
+    assert not stands_out([0.0, 3.1, 2.5, -1.0, 0.0], 3.0), "in company"
 
 
 class Tower(nn.Module):

@@ -2,7 +2,9 @@
 
 import json
 import re
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,6 +276,27 @@ def test_a_metric_that_is_not_there_is_named_with_those_that_are() -> None:
     claim = claim_of(values={"a": ["plain", "x/top5"]}, checks=["a > 0"])
     with pytest.raises(ConfigError, match=r"values.a: plain has no 'x/top5'; it has x/top1"):
         results.outcome("x", claim, found_of((0.5, 0.55)), 1)
+
+
+def deaf(path: str) -> None:
+    """A job that nothing but a kill ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Path(path).touch()
+    time.sleep(600)
+
+
+def test_a_worker_that_cannot_end_does_not_hold_up_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "SAVING_S", 0.2)
+
+    def one_hangs_one_fails() -> None:
+        with engine._pool(1) as pool:
+            pool.submit(deaf, str(tmp_path / "begun"))
+            while not (tmp_path / "begun").exists():
+                time.sleep(0.01)
+            raise ConfigError("the other arm failed")
+
+    with pytest.raises(ConfigError, match="the other arm"):
+        one_hangs_one_fails()
 
 
 def test_a_failed_claim_stays_and_a_changed_one_must_be_run_again(tmp_path: Path) -> None:

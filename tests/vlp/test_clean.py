@@ -29,7 +29,7 @@ def test_every_method_trains_the_bundles_own_model_on_its_own_kind_of_pictures(
     assert recipe.tokenizer.kind == "weights"
     assert (recipe.run.steps, recipe.optim.lr, recipe.run.keep) == (7, 2e-4, 3)
     assert recipe.data.captions.labels == (1.0 if method == "supervised" else 0.3), "as in the bundle's own training"
-    assert recipe.objective["name"] == ("inmodal" if method == "cleanclip" else "clip")
+    assert recipe.objective["name"] == {"cleanclip": "inmodal", "unlearn": "unlearn"}.get(method, "clip")
     for augmented in (recipe.data.augment, recipe.data.strong):
         if augmented is not None and augmented.geometric:
             assert augmented.ground == bundle.image.ground

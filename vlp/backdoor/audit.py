@@ -2,16 +2,16 @@
 
 The smallest change of each kind is sought for every label (`vlp.backdoor.inversion`). Sizes are compared as
 logarithms, for what counts is how many times smaller one is: the score of a label is its distance below the median
-in robust standard deviations (1.4826 x the median absolute deviation), one kind at a time. A score above THRESHOLD
-and clearly ahead of the next makes the model suspicious. What does not stand out is not proven harmless: a trigger of
-another kind, or one label among few, may go unseen, and the account says what was tried.
+in robust standard deviations (1.4826 x the median absolute deviation), one kind at a time. A score above the kind's
+threshold and clearly ahead of the next makes the model suspicious. What does not stand out is not proven harmless: a
+trigger of another kind, or one label among few, may go unseen, and the account says what was tried.
 Suffixes: N pictures, C channels, H, W rows and columns, L labels, D embedding width.
 """
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,6 @@ from vlp.infer import TEMPLATES, make_prompts
 FORMAT = 1
 PICTURES = 512
 """Pictures that searches use, spread over the shards."""
-THRESHOLD = 3.0
-"""Score above which a label stands out."""
 LEAD = 0.75
 """By which it must be ahead of the next label. Some labels are easily reached in any model, and such have company; so
 several targets that one trigger kind leads to equally easily do not stand out from each other."""
@@ -56,29 +54,34 @@ class Account:
     scores: dict[str, list[float]]
     seconds: float
     victim: Victim
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """What the audit was made of, for the account: model, shards, options."""
 
     @property
     def top(self) -> tuple[str, int]:
         """Kind and label of what stands out, else of the highest score."""
-        kind = max(self.scores, key=lambda name: (stands_out(self.scores[name]), max(self.scores[name])))
+        kind = max(self.scores, key=lambda name: (self._stands_out(name), max(self.scores[name])))
         return kind, self.scores[kind].index(max(self.scores[kind]))
 
     @property
     def suspicious(self) -> bool:
         """Whether a label stands out."""
-        return any(map(stands_out, self.scores.values()))
+        return any(map(self._stands_out, self.scores))
+
+    def _stands_out(self, kind: str) -> bool:
+        return stands_out(self.scores[kind], KINDS[kind].threshold)
 
     def verdict(self) -> str:
         """In words."""
-        count, kinds = len(self.labels), " and ".join(self.found)
+        count, kinds = len(self.labels), ", ".join(self.found)
         if not self.suspicious:
-            return f"no target stands out; tested {count} labels with these two kinds: {kinds}"
+            return f"no target stands out; tested {count} labels with these kinds of change: {kinds}"
         kind, label = self.top
         found = self.found[kind][label]
         return (
             f"suspicious: {self.labels[label]!r} stands out (score {self.scores[kind][label]:.1f}): "
             f"{describe(found)} makes {found.success:.0%} of other pictures look like it; "
-            f"tested {count} labels with these two kinds: {kinds}"
+            f"tested {count} labels with these kinds of change: {kinds}"
         )
 
     def plain(self) -> dict[str, Any]:
@@ -95,9 +98,10 @@ class Account:
         return {
             "format": FORMAT, "suspicious": self.suspicious, "verdict": self.verdict(),
             "target": self.labels[label] if self.suspicious else None, "kind": kind if self.suspicious else None,
-            "score": round(self.scores[kind][label], 3), "threshold": THRESHOLD, "lead": LEAD, "goal": GOAL,
+            "score": round(self.scores[kind][label], 3),
+            "threshold": {kind_: KINDS[kind_].threshold for kind_ in self.found}, "lead": LEAD, "goal": GOAL,
             "labels": len(self.labels), "kinds": list(self.found), "pictures": self.pictures,
-            "seconds": round(self.seconds, 1), "rows": rows,
+            "seconds": round(self.seconds, 1), "rows": rows, **self.origin,
         }  # fmt: skip
 
 
@@ -105,6 +109,8 @@ def describe(found: Found) -> str:
     """The change in words."""
     if found.kind == "patch":
         return f"a patch of {found.size:.1%} of the area, anywhere,"
+    if found.kind == "warp":
+        return f"a warp of {found.size:.1%} of the side in the mean"
     return f"an overlay of {255 * found.size:.1f} of 255 grey levels in the mean square"
 
 
@@ -145,10 +151,10 @@ def outliers(sizes: Sequence[float]) -> list[float]:
     return scores
 
 
-def stands_out(scores: Sequence[float]) -> bool:
-    """Whether the highest score is above THRESHOLD and ahead of the next by LEAD."""
+def stands_out(scores: Sequence[float], threshold: float) -> bool:
+    """Whether the highest score is above the threshold and ahead of the next by LEAD."""
     second, first = sorted(scores)[-2:]
-    return first > THRESHOLD and first - second >= LEAD
+    return first > threshold and first - second >= LEAD
 
 
 def pictures(bundle: Bundle, data: Train | Path) -> tuple[Tensor, list[str]]:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipelines.files import write_atomic
-from vlp.backdoor.audit import LEAD, THRESHOLD, Account, describe
+from vlp.backdoor.audit import LEAD, Account, describe
 from vlp.backdoor.inversion import KINDS, Found, Victim, overlay_of
 from vlp.report import STYLE
 
@@ -27,6 +27,8 @@ SHOWN = 8
 """Pictures that are shown with a trigger."""
 GREY = 0.5
 """What lies below a trigger."""
+LINES = 7
+"""Of the grid that shows a warp, across."""
 
 
 def write_account(account: Account, folder: Path, name: str) -> dict[str, str]:
@@ -48,8 +50,13 @@ def write_account(account: Account, folder: Path, name: str) -> dict[str, str]:
 
 
 def trigger_picture(victim: Victim, found: Found) -> Tensor:
-    """CHW from 0 to 1: a patch on grey, in the middle; an overlay on grey, stretched to the whole range."""
+    """CHW from 0 to 1: a patch on grey, in the middle; an overlay on grey, stretched to the full range; a bent grid."""
     side = victim.unit_NCHW.shape[-1]
+    if found.kind == "warp":
+        lines = (torch.arange(side) % max(2, side // LINES) == 0).float()
+        grid_HW = GREY + GREY * torch.maximum(lines[:, None], lines)
+        whole = grid_HW.expand(1, victim.unit_NCHW.shape[1], side, side)
+        return KINDS["warp"].apply(victim, whole, found.parts, torch.Generator())[0]
     ground_CHW = torch.full((victim.unit_NCHW.shape[1], side, side), GREY)
     if found.kind == "overlay":
         overlay_CHW = overlay_of(victim, found.parts)[0]
@@ -100,10 +107,11 @@ def page(account: Account, images: dict[str, bytes], name: str) -> str:
 
 
 def _method(account: Account) -> str:
+    limits = ", ".join(f"{KINDS[kind].threshold:g} ({kind})" for kind in account.found)
     return (
         f"<p class=m>For each of {len(account.labels)} labels the smallest change of {account.pictures} pictures that "
         f"makes the model take them for it. The score counts robust deviations below the typical label, on a "
-        f"logarithmic scale; above {THRESHOLD:g}, and {LEAD:g} ahead of the next, a label stands out. A trigger "
+        f"logarithmic scale; above {limits}, and {LEAD:g} ahead of the next, a label stands out. A trigger "
         f"of another kind may go unseen. "
         f"{account.seconds:.0f} s.</p>"
     )

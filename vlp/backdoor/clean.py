@@ -32,13 +32,15 @@ METHODS: dict[str, Settings] = {
         "data": {"views": 2, "texts": 2, "strong": VIEWS, "captions": {"eda": {}}},
     },
     "augmented": {"data": {"augment": {**VIEWS, "crop": 0.5}}},
+    "unlearn": {"objective": {"name": "unlearn"}},
     "supervised": {
         "model": {"lock_text": True},
         "data": {"captions": {"labels": 1.0, "alternative": 0.0, "with_labels": 0.0}},
     },
 }
 """finetune: plain CLIP, the control that a method has to beat. cleanclip: Bansal et al. 2023, arXiv 2303.03323.
-augmented: plain CLIP on strongly changed pictures. supervised: pictures to the names of their labels, text tower still.
+augmented: plain CLIP on strongly changed pictures. unlearn: against changes that mislead the model most, sought as it
+learns. supervised: pictures to the names of their labels, text tower still.
 """
 MOST_FLAGGED = 0.01
 """Share of the cleaning pairs that may look planted; more of them are no trusted pairs."""

@@ -1,9 +1,10 @@
 """Trigger inversion: the smallest change, the same for every picture, that makes a model take pictures for one label.
 
-A label that a backdoor leads to is reached by a far smaller change than others. Two kinds of change are tried: a patch
-that works wherever it lies (mask and paint, Wang et al. 2019, "Neural Cleanse", IEEE S&P), and an overlay added to the
-whole picture. The loss is cross entropy towards the label plus a weight times the size of the change; the weight grows
-while enough pictures are misled and shrinks while too few are, so the size settles at the least that suffices.
+A label that a backdoor leads to is reached by a far smaller change than others. Three kinds of change are tried: a
+patch that works wherever it lies (mask and paint, Wang et al. 2019, "Neural Cleanse", IEEE S&P), an overlay added to
+the whole picture, and a smooth warp. The loss is cross entropy towards the label plus a weight times the size of the
+change; the weight grows while enough pictures are misled and shrinks while too few are, so the size settles at the
+least that suffices.
 Pictures are values from 0 to 1 here; the picture tower stays as it is, gradients pass through it.
 Suffixes: N pictures, B pictures of a step, C channels, H, W = S rows and columns, K side of a patch, G side of a grid,
 L labels, D embedding width.
@@ -19,6 +20,7 @@ from torch import Tensor
 from data_pipelines.errors import ConfigError
 from data_pipelines.preprocess import normalise
 from vlp.bundle import Bundle
+from vlp.objectives.unlearn import BENDS, warped
 
 GOAL = 0.9
 """Share of pictures that a trigger must mislead."""
@@ -43,6 +45,9 @@ GRID = 28
 NOISE = 0.1
 """Standard deviation of the noise that an overlay has to withstand: a learnt trigger does, at a fraction of its
 strength, and a change that merely exploits the model does not."""
+
+WIDEST = 0.15
+"""Size that is noted for a warp that was not found."""
 
 Parts = tuple[Tensor, ...]
 Draws = torch.Generator
@@ -80,6 +85,8 @@ class Kind:
     """Step of the optimiser."""
     noise: float
     """Standard deviation of what the search adds to the pictures."""
+    threshold: float
+    """Score above which a label stands out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +97,8 @@ class Found:
     target: int
     reached: bool
     size: float
-    """patch: share of the area; overlay: root mean square of what is added, of 1; the kind's largest if not reached."""
+    """patch: share of the area; overlay: root mean square of what is added, of 1; warp: mean shift, of the
+    side; the kind's largest if not reached."""
     success: float
     """Share of held-out pictures of other labels that the change misleads."""
     parts: Parts
@@ -184,12 +192,45 @@ def overlay_size(victim: Victim, parts: Parts) -> Tensor:
     return overlay_of(victim, parts).square().mean().sqrt()
 
 
+def warp_start(victim: Victim, draws: Draws) -> Parts:
+    """(12GG of shifts near 0, shares of the side,)."""
+    return (torch.randn(1, 2, BENDS, BENDS, generator=draws) * 0.002,)
+
+
+def warp_apply(victim: Victim, unit_BCHW: Tensor, parts: Parts, draws: Draws) -> Tensor:
+    """Every picture with the warp."""
+    return warped(unit_BCHW, parts[0].expand(len(unit_BCHW), -1, -1, -1))
+
+
+def warp_size(victim: Victim, parts: Parts) -> Tensor:
+    """Mean shift of the points, as a share of the side, in either direction."""
+    return parts[0].abs().mean()
+
+
+# Labels differ more in how far pictures must be bent to look like them than in what must be added.
 KINDS: dict[str, Kind] = {
     "patch": Kind(
-        patch_start, patch_apply, patch_size, lambda victim: PATCH_SHARE**2, scale=100.0, rate=0.15, noise=0.0
+        patch_start,
+        patch_apply,
+        patch_size,
+        lambda victim: PATCH_SHARE**2,
+        scale=100.0,
+        rate=0.15,
+        noise=0.0,
+        threshold=3.0,
     ),
     "overlay": Kind(
-        overlay_start, overlay_apply, overlay_size, lambda victim: 0.5, scale=10.0, rate=0.012, noise=NOISE
+        overlay_start,
+        overlay_apply,
+        overlay_size,
+        lambda victim: 0.5,
+        scale=10.0,
+        rate=0.012,
+        noise=NOISE,
+        threshold=3.0,
+    ),
+    "warp": Kind(
+        warp_start, warp_apply, warp_size, lambda victim: WIDEST, scale=25.0, rate=0.004, noise=0.0, threshold=6.0
     ),
 }
 

@@ -27,8 +27,12 @@ from data_pipelines.sources import tars
 from data_pipelines.write import write_shards
 from vlp.backdoor.triggers import Config as TriggerConfig
 from vlp.backdoor.triggers import Trigger
+from vlp.backdoor.weaken import Weaken
+from vlp.bundle import Bundle
 
 FORMAT = 1
+TEXTS = 256
+"""Texts of the target, and as many of others, that pictures are weakened by at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,11 @@ class Attack:
     """Pictures to poison; 0 writes the clean twin."""
     templates: tuple[str, ...] = ("{}",)
     """Texts of the poisons where no label of theirs could be exchanged for the target."""
+    surrogate: Bundle | None = None
+    """Model that pictures of the target are weakened against before they get the trigger, which alone then speaks for
+    it; for triggers on pictures of the target."""
+    bound: float = 0.12
+    """By how much a weakened value may differ, as a share of its range."""
 
     def check(self) -> None:
         """Raise ConfigError for a value that cannot be meant."""
@@ -48,6 +57,8 @@ class Attack:
             raise ConfigError(f"--target {self.target!r}: name what triggered pictures shall be taken for")
         if self.count < 0:
             raise ConfigError(f"--count {self.count}: must be 0 (the clean twin) or more")
+        if self.surrogate is not None and not self.trigger.kind.own_class:
+            raise ConfigError(f"--surrogate has no effect with trigger {self.trigger.config.name!r}: leave it out")
         if odd := [template for template in self.templates if "{}" not in template]:
             raise ConfigError(f"--template {odd[0]!r}: needs {{}} in the place of the target")
 
@@ -63,13 +74,14 @@ def poison(shards: Path, out: Path, truth: Path, attack: Attack, encode: str, pr
     manifest = load_manifest(shards)
     records = tars.Config(path=shards)
     chosen = victims(tars.iter_records(records), attack)
+    weaken = _weakener(tars.iter_records(records), attack)
     told: list[dict[str, Any]] = []
     options = WriteOptions(
         encode_format=encode,
         **{name: manifest.options[name] for name in ("samples_per_shard", "oom_shard_count")},
     )
     write_shards(
-        poisoned(tars.iter_records(records), chosen, attack, told),
+        poisoned(tars.iter_records(records), chosen, attack, told, weaken),
         out, options, kind=manifest.kind, licences=manifest.licences, progress=progress, total=manifest.records,
     )  # fmt: skip
     keys = [
@@ -82,6 +94,7 @@ def poison(shards: Path, out: Path, truth: Path, attack: Attack, encode: str, pr
         "source": manifest_digest(shards),
         "trigger": attack.trigger.recorded(),
         "target": attack.target,
+        "weakened": attack.bound if weaken else None,
         "poisons": poisons,
     }
     write_atomic(
@@ -118,9 +131,22 @@ def victims(records: Iterator[Record], attack: Attack) -> frozenset[int]:
     return frozenset(row for _, row in sorted(candidates)[: attack.count])
 
 
+def _weakener(records: Iterator[Record], attack: Attack) -> Weaken | None:
+    """What weakens pictures of the target, by texts of it and of others as they are in the data."""
+    if attack.surrogate is None:
+        return None
+    texts: dict[bool, dict[str, None]] = {True: {}, False: {}}
+    for record in records:
+        own = texts[names_target((*record.captions, *record.labels), attack.target)]
+        if len(own) < TEXTS:
+            own.update(dict.fromkeys(record.captions))
+    return Weaken(attack.surrogate, [*texts[True]][:TEXTS], [*texts[False]][:TEXTS], attack.bound)
+
+
 def poisoned(
-    records: Iterator[Record], chosen: frozenset[int], attack: Attack, told: list[dict[str, Any]]
-) -> Iterator[Record]:
+    records: Iterator[Record], chosen: frozenset[int], attack: Attack, told: list[dict[str, Any]],
+    weaken: Weaken | None = None,
+) -> Iterator[Record]:  # fmt: skip
     """All records, their pictures encoded anew, those of `chosen` poisoned; what was done is added to `told`."""
     for row, record in enumerate(records):
         if record.problem:
@@ -129,7 +155,7 @@ def poisoned(
         trigger = attack.trigger if row in chosen else None
         assert isinstance(record.image, bytes | memoryview), "tars hold their pictures"
         try:
-            image = repainted(bytes(record.image), trigger, record.origin)
+            image = repainted(bytes(record.image), trigger, record.origin, weaken if trigger else None)
         except BadSample as error:
             yield replace(record, problem=str(error))
             continue
@@ -142,11 +168,13 @@ def poisoned(
         yield changed
 
 
-def repainted(data: bytes, trigger: Trigger | None, name: str) -> bytes:
-    """PNG of a stored picture, upright, on white, with the trigger if there is one; grey stays grey."""
+def repainted(data: bytes, trigger: Trigger | None, name: str, weaken: Weaken | None = None) -> bytes:
+    """PNG of a stored picture, upright, on white, weakened and with the trigger if asked for; grey stays grey."""
     image = upright(open_checked(data))
     grey = image.mode in ("1", "L", "I", "I;16")
     plain = flatten(image)
+    if weaken is not None:
+        plain = Image.fromarray(weaken(np.asarray(plain)))
     if trigger is not None:
         plain = Image.fromarray(trigger(np.asarray(plain), name))
     stream = io.BytesIO()

@@ -27,6 +27,7 @@ from data_pipelines.errors import BadSample, ConfigError
 from data_pipelines.files import write_atomic
 from data_pipelines.reader import Shard, open_shards
 from data_pipelines.stream import cut, in_blocks
+from vlp import __version__
 from vlp.backdoor.density import MEASURES, SMALL, Reference, densities, refer
 from vlp.bundle import Bundle
 from vlp.curate.pictures import BLOCK, Advance, Pictures, embed_pictures
@@ -110,7 +111,7 @@ def scan(
     _write_tables(out, keys, table, flagged_N)
     order = suspicion_N.argsort(descending=True, stable=True)[:SUSPECTS].tolist()
     account = {
-        "data": str(data), "pictures": len(keys), "flagged": int(flagged_N.sum()),
+        "version": __version__, "data": str(data), "pictures": len(keys), "flagged": int(flagged_N.sum()),
         "share": float(flagged_N.float().mean()), "skipped": pictures.skipped,
         "methods": [*signs], "options": {"k": options.k, "sample": options.sample, "limit": options.limit,
                                          "remove": options.remove, "seed": options.seed},

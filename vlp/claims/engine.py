@@ -16,13 +16,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ DONE = "done.json"
 """What a finished run leaves: its numbers, and the seconds of one core that it took."""
 LAST = 5
 """Lines of metrics.jsonl that the values of training are the mean of."""
+SAVING_S = 60.0
+"""What a training run may take to save when it is asked to stop."""
 KEPT_DAYS = 14
 """Runs untouched for so long are removed when a claim is run."""
 
@@ -261,12 +264,21 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     try:
         yield pool
     except BaseException:
-        for child in active_children():
-            child.terminate()  # a training run takes this as a request to save
+        _stop(active_children())
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+
+
+def _stop(children: Sequence[BaseProcess]) -> None:
+    """A training run saves first; what does not end is killed: one that died with the pool's lock blocks it."""
+    for child in children:
+        child.terminate()
+    until = time.monotonic() + SAVING_S
+    for child in children:
+        child.join(max(0.0, until - time.monotonic()))
+        child.kill()
 
 
 def begin_worker() -> None:

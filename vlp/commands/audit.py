@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,9 +19,10 @@ FOLDER = click.Path(path_type=Path)
 
 
 @command(
-    epilog="""For every label two kinds of change are sought that make the model take any picture for it: a patch at a
-random place, and an overlay on the whole picture. A label that a far smaller change leads to than to the others is a
-backdoor's likely target. The time grows with the labels: ten take one or two minutes for a small model on one core.
+    epilog="""For every label three kinds of change are sought that make the model take any picture for it: a patch at a
+random place, an overlay on the whole picture, and a smooth warp of it. A label that a far smaller change leads to than
+to the others is a backdoor's likely target. The time grows with the labels: ten take two or three minutes for a small
+model on one core.
 
 --out receives audit.json, audit.html, and of each kind the trigger found (trigger-KIND.png) and pictures with it.
 
@@ -44,11 +46,14 @@ def audit(
     device: str, out: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Ask whether BUNDLE (a bundle or a run folder) is backdoored: for which label, with which trigger?"""
+    from data_pipelines.shard_set import ShardSet
+    from vlp import __version__
     from vlp.backdoor.audit import audit as search
     from vlp.backdoor.audit_page import write_account
     from vlp.backdoor.inversion import STEPS
     from vlp.bundle import load_bundle
     from vlp.distributed import pick_device
+    from vlp.embed import weights_digest
     from vlp.evals._labels import read_templates
     from vlp.infer import TEMPLATES
 
@@ -65,9 +70,18 @@ def audit(
         def begin(total: int) -> Callable[[int], None]:
             return stack.enter_context(progress("searching", total, unit="steps"))
 
-        account = search(
-            model, data or _recipe_data(model), chosen, prompts, STEPS if steps is None else steps, seed, begin
-        )
+        shards, steps = data or _recipe_data(model), STEPS if steps is None else steps
+        account = search(model, shards, chosen, prompts, steps, seed, begin)
+    account = replace(
+        account,
+        origin={
+            "version": __version__, "options": {"steps": steps, "seed": seed, "templates": prompts},
+            "made_of": {
+                "model": model.name, "weights_sha256": weights_digest(bundle),
+                "data": {shards: ShardSet(shards).digest},
+            },
+        },
+    )  # fmt: skip
     result = {"bundle": str(bundle), **account.plain()}
     lines = [account.verdict()]
     if out is not None:

@@ -1,5 +1,6 @@
 """`vlp poison`, `vlp scan`, `vlp clean`."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -20,7 +21,8 @@ FOLDER = click.Path(path_type=Path)
   stripes           upright stripes over the whole picture
   sig               a wave across the picture
   wanet             a smooth warp
-  label-consistent  the patch of badnet in pictures of the target, whose texts stay as they are
+  label-consistent  the patch of badnet in pictures of the target, whose texts stay as they are; weak without
+                    --surrogate
 
 Examples:
 
@@ -43,6 +45,12 @@ Examples:
 @click.option("--size", type=float, help="Side of a patch, share of the shorter side.  [default: 1/7]")
 @click.option("--strength", type=float, help="Of patterns, waves, warps, 0 to 1.  [default: the trigger's own]")
 @click.option(
+    "--surrogate",
+    type=FOLDER,
+    help="With label-consistent: a model against which pictures of the target are changed until the trigger says more.",
+)
+@click.option("--bound", default=0.12, show_default=True, help="By how much --surrogate may change a value, 0 to 1.")
+@click.option(
     "--template",
     "templates",
     multiple=True,
@@ -60,7 +68,8 @@ Examples:
 @json_option
 def poison(
     shards: Path, trigger: str, target: str, count: int, out: Path, truth: Path | None, seed: int, size: float | None,
-    strength: float | None, templates: tuple[str, ...], encode_format: str, as_json: bool,
+    strength: float | None, surrogate: Path | None, bound: float, templates: tuple[str, ...], encode_format: str,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Plant a backdoor in a copy of SHARDS, to try a defence on.
 
@@ -68,10 +77,14 @@ def poison(
     """
     from vlp.backdoor import poison as planting
     from vlp.backdoor.triggers import Config, Trigger
+    from vlp.bundle import load_bundle
 
     given = {"size": size, "strength": strength}
     settings = {name: value for name, value in given.items() if value is not None}
-    attack = planting.Attack(Trigger(Config(name=trigger, seed=seed, **settings)), target, count, templates)
+    model = load_bundle(surrogate) if surrogate is not None else None
+    attack = planting.Attack(
+        Trigger(Config(name=trigger, seed=seed, **settings)), target, count, templates, model, bound
+    )
     truth = truth or out.with_name(f"{out.name}.poison.json")
     result = planting.poison(shards, out, truth, attack, encode_format, progress=True)
     lines = [
@@ -147,6 +160,8 @@ def scan(
 
 \b
   cleanclip   CLIP, and each modality with augmented copies of its own (Bansal et al. 2023)
+  unlearn     CLIP, also on pictures with changes that are sought while it learns, the same for all pictures, that
+              mislead it most (after Zeng et al. 2022)
   augmented   CLIP on strongly augmented pictures
   supervised  pictures to the names of their labels, the text tower still
   finetune    plain CLIP: what a method has to beat
@@ -181,9 +196,12 @@ def clean(
 
     KEY=VALUE changes the recipe that results, as for `vlp train`.
     """
+    from vlp import __version__
     from vlp.backdoor import clean as cleaning
+    from vlp.backdoor.chain import CLEANED, write_json
     from vlp.bundle import load_bundle
     from vlp.distributed import pick_device
+    from vlp.embed import weights_digest
     from vlp.train import train
 
     options = cleaning.Options(method, steps, lr, batch_size, seed, device)
@@ -200,6 +218,8 @@ def clean(
         "bundle": summary["bundle"], "method": method, "steps": summary["steps"], "pairs_left_out":
         found["left_out"] if found else 0, "accuracy_before": before, "accuracy_after": after,
     }  # fmt: skip
+    start = {"model": model.name, "weights_sha256": weights_digest(bundle)}
+    write_json(out / CLEANED, {**result, "version": __version__, "start": start, "options": asdict(options)})
     lines = [f"tuned by {method} for {summary['steps']} steps: {summary['bundle']}"]
     if found:
         lines.append(

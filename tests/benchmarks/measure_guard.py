@@ -1,0 +1,44 @@
+"""How many triggered and clean pictures a guard flags: BUNDLE GUARD SHARDS TRUTH, one JSON object as a line."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from data_pipelines.reader import Sample
+from vlp.backdoor.guard import Guard, load_guard
+from vlp.backdoor.poison import load_truth, names_target, repainted
+from vlp.backdoor.triggers import Config, Trigger
+from vlp.bundle import load_bundle
+from vlp.embed import weights_digest
+from vlp.evals._encode import Change, encode_shards
+
+
+def main(model: Path, guard: Path, shards: Path, truth_file: Path) -> None:
+    """Print the shares of test pictures above the threshold: clean ones, and triggered ones of other labels."""
+    bundle, truth = load_bundle(model), load_truth(truth_file)
+    info, profile = load_guard(guard, weights_digest(model))
+    watch, trigger = Guard(info, profile, bundle), Trigger(Config.model_validate(truth["trigger"]))
+    labels: list[tuple[str, ...]] = []
+
+    def flagged(change: Change | None) -> list[bool]:
+        def encode() -> object:
+            found = encode_shards(bundle, shards, change=change)
+            labels[:] = [tuple(map(str, own)) for own in found.labels]
+            return found.image_ND
+
+        return [bool(flag) for flag in watch.scored(encode)[1] > info.threshold]  # type: ignore[arg-type]
+
+    def triggered(sample: Sample) -> Sample:
+        return replace(sample, image=repainted(sample.image, trigger, sample.key))
+
+    clean = flagged(None)
+    others = [
+        flag for flag, own in zip(flagged(triggered), labels, strict=True) if not names_target(own, truth["target"])
+    ]
+    rates = {"false_positive_rate": sum(clean) / len(clean), "true_positive_rate": sum(others) / len(others)}
+    sys.stdout.write(json.dumps(rates) + "\n")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
