@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test bench-data prove-data bench-train prove-train bench-backdoor claims format clean
+.PHONY: help setup demo test bench-data prove-data bench-train prove-train bench-backdoor prove-trust claims format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -81,6 +81,10 @@ prove-data: setup  ## the slow proofs of sharding and streaming: kills, faults, 
 	$(call step,Ray and an S3 server,$(BIN)/python -m pip install --disable-pip-version-check --editable '.[serve$(COMMA)dev$(COMMA)ray$(COMMA)s3]'; \
 	  $(PYTHON) -m venv $(PEERS)/moto; $(PEERS)/moto/bin/python -m pip install --disable-pip-version-check 'moto[server]')
 	$(call step,proofs,$(BIN)/python tests/benchmarks/prove.py data --only "$(ONLY)")
+
+TRUST ?= --help
+prove-trust: setup  ## proofs with a model of one's own that has a backdoor (TRUST="dirty BUNDLE TRUTH DATA", natural, http)
+	$(call step,proofs,$(BIN)/python tests/benchmarks/prove_trust.py $(TRUST))
 
 format:  ## rewrite the sources as `make test` wants them
 	$(BIN)/ruff format .

@@ -16,7 +16,7 @@ from data_pipelines.records import Record
 from data_pipelines.testing import draw
 from data_pipelines.write import WriteOptions, write_shards
 from vlp import evals
-from vlp.backdoor.poison import Attack, load_truth, names_target, retold, victims
+from vlp.backdoor.poison import Attack, load_truth, names_target, repainted, retold, victims
 from vlp.backdoor.triggers import Config, Trigger
 from vlp.bundle import save_bundle
 from vlp.cli import cli
@@ -218,3 +218,52 @@ def test_triggers_are_applied_to_stored_pictures(shards: Path, tmp_path: Path) -
     assert all(0.0 <= value <= 1.0 for name, value in found.items() if name != "pictures")
     assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
     assert np.isfinite(list(found.values())).all()
+
+
+def test_a_poison_is_its_file_with_the_trigger_that_is_evaluated(shards: Path, tmp_path: Path) -> None:
+    """No larger or other trigger at evaluation: the truth makes the very pixels that were planted, at their size."""
+    truth = planted(shards, tmp_path / "bad")
+    _, trigger, target = backdoor._attack(truth, None)
+    bad, clean = samples_of(tmp_path / "bad"), samples_of(shards)
+    assert target == "bag"
+    for entry in load_truth(truth)["poisons"]:
+        assert repainted(clean[entry["key"]].image, trigger, entry["origin"]) == bad[entry["key"]].image
+
+
+def test_encoding_is_a_function_of_the_pixels_alone(shards: Path, tmp_path: Path) -> None:
+    """Every stored picture, poisoned or not, is what the one encoder makes of its pixels: nothing of its history."""
+    planted(shards, tmp_path / "bad", trigger="blended")
+    for sample in samples_of(tmp_path / "bad").values():
+        assert repainted(sample.image, None, "") == sample.image
+
+
+def test_the_place_among_all_tells_nothing() -> None:
+    """AUROC of the row number for being chosen, 500 of 2,000: its deviation under chance is 0.015."""
+    records = [Record(b"", ("a boot",), "s", f"o{row}") for row in range(2000)]
+    chosen = np.zeros(2000, bool)
+    chosen[list(victims(iter(records), Attack(TRIGGER, "bag", 500)))] = True
+    above = np.cumsum(~chosen)[chosen].sum() / (500 * 1500)
+    assert abs(above - 0.5) < 0.05
+
+
+def test_columns_and_batches_are_those_of_the_twin(shards: Path, tmp_path: Path) -> None:
+    """Beside texts and digests no column differs from the twin's; batches differ in pixels and tokens alone."""
+    from data_pipelines.data_config import DataConfig
+    from data_pipelines.loader import make_loader
+    from data_pipelines.tokens import learn_tokenizer
+
+    planted(shards, tmp_path / "bad")
+    planted(shards, tmp_path / "twin", count=0)
+    said = {"caption", "captions", "labels", "sha256", "stored_sha256", "text_sha256"}
+    tables, batches = [], []
+    for side in ("bad", "twin"):
+        rows = [row for path in sorted((tmp_path / side).glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+        tables.append([{name: value for name, value in row.items() if name not in said} for row in rows])
+        config = DataConfig(train=str(tmp_path / side), batch_size=40, image={"size": 16}, threads=1)
+        batches.append(next(iter(make_loader(config, learn_tokenizer(list(CLASSES), 300, 8), seed=0))))
+    assert tables[0] == tables[1]
+    bad, twin = ({name: getattr(batch, name) for name in batch.__slots__} for batch in batches)
+    assert bad["keys"] == twin["keys"]
+    assert {name for name in bad if bad[name] is not None} == {name for name in twin if twin[name] is not None}
+    different = (bad["pixels"] != twin["pixels"]).flatten(1).any(dim=1) | (bad["tokens"] != twin["tokens"]).any(dim=1)
+    assert int(different.sum()) == 6

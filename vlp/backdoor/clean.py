@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import ConfigError, MissingField
+from data_pipelines.files import write_atomic
+from data_pipelines.keep import load_keys
 from vlp.backdoor import scan as scanning
+from vlp.backdoor.trusted import doubtful
 from vlp.bundle import Bundle, find_bundle
 from vlp.evals import evaluate
 from vlp.recipe import Recipe, apply_override, merge, validate
@@ -96,10 +99,10 @@ def recipe_of(
     return validate(settings)
 
 
-def trusted(data: Path, path: Path, bundle: Bundle, out: Path) -> tuple[Path | None, dict[str, Any]]:
-    """(keep-list without the cleaning pairs that look planted, what the scan found); None where it flags none.
+def trusted(data: Path, path: Path, bundle: Bundle, out: Path) -> tuple[Path, dict[str, Any]]:
+    """(keep-list without the pairs that a scan flags and the most doubtful others, what the scan found).
 
-    Raises ConfigError where more than MOST_FLAGGED of them do.
+    Raises ConfigError where the scan flags more than MOST_FLAGGED of them.
     """
     model = scanning.Model(path, bundle)
     found = scanning.scan(data, out, model, None, scanning.Options(), lambda count: None)
@@ -108,7 +111,9 @@ def trusted(data: Path, path: Path, bundle: Bundle, out: Path) -> tuple[Path | N
             f"--data {data}: {found['flagged']} of {found['pictures']} pairs look planted (see {out}): clean with "
             "others, or use them as they are with --as-is"
         )
-    return (out / scanning.KEEP if found["flagged"] else None), found
+    kept = load_keys(out / scanning.KEEP) - doubtful(bundle, data).keys()
+    write_atomic(out / scanning.KEEP, lambda stream: stream.write("".join(f"{key}\n" for key in sorted(kept)).encode()))
+    return out / scanning.KEEP, {**found, "left_out": found["pictures"] - len(kept)}
 
 
 def accuracy(bundle: Bundle, data: Path) -> float:

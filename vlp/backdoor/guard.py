@@ -332,7 +332,7 @@ def _look(
 def _profile(embedding_ND: Tensor, features: Sequence[Tensor], head_KD: Tensor | None) -> Profile:
     """Classes and distances, not calibrated."""
     if head_KD is None:
-        head_KD = _centres(embedding_ND, max(1, min(CLUSTERS, len(embedding_ND) // PER_CLUSTER)))
+        head_KD = centres(embedding_ND, max(1, min(CLUSTERS, len(embedding_ND) // PER_CLUSTER)))
     sizes_K = torch.bincount((embedding_ND @ head_KD.T).argmax(dim=1), minlength=len(head_KD))
     centre_KD = head_KD[sizes_K >= min(FEWEST, int(sizes_K.max()))]
     cluster_N = (embedding_ND @ centre_KD.T).argmax(dim=1)
@@ -342,19 +342,25 @@ def _profile(embedding_ND: Tensor, features: Sequence[Tensor], head_KD: Tensor |
         scale_F = part.std(dim=0) + 1e-6
         plain_NF = part / scale_F
         mean_KF = torch.stack([plain_NF[cluster_N == cluster].mean(dim=0) for cluster in range(len(centre_KD))])
-        away_NF = (plain_NF - mean_KF[cluster_N]).double()
-        within_FF = away_NF.T @ away_NF / len(away_NF)
-        ridge = RIDGE * within_FF.diagonal().mean().clamp_min(TINY)
-        root_FF = torch.linalg.cholesky(within_FF + ridge * torch.eye(len(within_FF), dtype=torch.float64))
-        unit_FF = torch.linalg.solve_triangular(root_FF, torch.eye(len(root_FF), dtype=torch.float64), upper=False).T
+        unit_FF = whitening(plain_NF - mean_KF[cluster_N], RIDGE)
         gap = width - len(unit_FF)
-        whiten.append(F.pad(unit_FF.float() / scale_F[:, None], (0, gap, 0, gap)))
-        homes.append(F.pad(mean_KF @ unit_FF.float(), (0, gap)))
+        whiten.append(F.pad(unit_FF / scale_F[:, None], (0, gap, 0, gap)))
+        homes.append(F.pad(mean_KF @ unit_FF, (0, gap)))
     none_2L, none_2 = torch.zeros(2, len(features)), torch.zeros(2)
     return Profile(centre_KD, torch.stack(whiten), torch.stack(homes), none_2L, none_2L + 1, none_2, none_2 + 1)
 
 
-def _centres(embedding_ND: Tensor, count: int) -> Tensor:
+def whitening(away_NF: Tensor, ridge: float) -> Tensor:
+    """FF, applied from the right: makes the covariance of these deviations, and a share of its mean, the unit."""
+    away_NF = away_NF.double()
+    within_FF = away_NF.T @ away_NF / len(away_NF)
+    unit_FF = torch.eye(len(within_FF), dtype=torch.float64)
+    root_FF = torch.linalg.cholesky(within_FF + ridge * within_FF.diagonal().mean().clamp_min(TINY) * unit_FF)
+    inverse_FF: Tensor = torch.linalg.solve_triangular(root_FF, unit_FF, upper=False)
+    return inverse_FF.T.float()
+
+
+def centres(embedding_ND: Tensor, count: int) -> Tensor:
     """KD: k-means by cosine, the same for the same pictures."""
     chosen = torch.randperm(len(embedding_ND), generator=torch.Generator().manual_seed(0))[:count]
     centre_KD = embedding_ND[chosen]

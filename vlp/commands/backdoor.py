@@ -216,13 +216,16 @@ def clean(
     after = cleaning.accuracy(load_bundle(out), val) if val is not None else None
     result = {
         "bundle": summary["bundle"], "method": method, "steps": summary["steps"], "pairs_left_out":
-        found["flagged"] if found else 0, "accuracy_before": before, "accuracy_after": after,
+        found["left_out"] if found else 0, "accuracy_before": before, "accuracy_after": after,
     }  # fmt: skip
     start = {"model": model.name, "weights_sha256": weights_digest(bundle)}
     write_json(out / CLEANED, {**result, "version": __version__, "start": start, "options": asdict(options)})
     lines = [f"tuned by {method} for {summary['steps']} steps: {summary['bundle']}"]
-    if found and found["flagged"]:
-        lines.append(f"  {found['flagged']} of {found['pictures']} pairs look planted and were left out: {keep}")
+    if found:
+        lines.append(
+            f"  {found['left_out']} of {found['pictures']} pairs were left out: {found['flagged']} look planted, the "
+            f"others are those most in doubt; used: {keep}"
+        )
     if before is not None and after is not None:
         lines.append(f"  zero-shot accuracy on {val}: {before:.1%} before, {after:.1%} after")
     emit(result, as_json, [*lines, "which triggers still work is for `vlp eval --task backdoor` to say"])
