@@ -21,10 +21,16 @@ def encode_pixels(bundle: Bundle, pixels_NCHW: Tensor) -> Tensor:
     """uint8 NCHW of the model's size to L2-normalised float32 ND on the CPU."""
     model = bundle.model
     rows = [
-        model.encode_image(normalise(chunk.to(bundle.device), bundle.image), normalize=True).float().cpu()  # type: ignore[operator]
+        model.encode_image(ready(bundle, chunk), normalize=True).float().cpu()  # type: ignore[operator]
         for chunk in pixels_NCHW.split(BATCH)
     ]
     return torch.cat(rows) if rows else torch.empty(0, bundle.dim)
+
+
+def ready(bundle: Bundle, pixels_NCHW: Tensor) -> Tensor:
+    """Pixels as the image tower takes them: normalised, on its device, channels last: a third less time in
+    convolutions, next to none of it in others."""
+    return normalise(pixels_NCHW.to(bundle.device), bundle.image).contiguous(memory_format=torch.channels_last)
 
 
 def encode_images(bundle: Bundle, images: Iterable[bytes]) -> Tensor:

@@ -14,16 +14,16 @@ from vlp.embed import weights_digest
 from vlp.evals._encode import Change, encode_shards
 
 
-def main(model: Path, guard: Path, shards: Path, truth_file: Path) -> None:
+def main(model: str, guard: str, shards: str, truth_file: str) -> None:
     """Print the shares of test pictures above the threshold: clean ones, and triggered ones of other labels."""
-    bundle, truth = load_bundle(model), load_truth(truth_file)
-    info, profile = load_guard(guard, weights_digest(model))
+    bundle, truth = load_bundle(Path(model)), load_truth(Path(truth_file))
+    info, profile = load_guard(Path(guard), weights_digest(Path(model)))
     watch, trigger = Guard(info, profile, bundle), Trigger(Config.model_validate(truth["trigger"]))
     labels: list[tuple[str, ...]] = []
 
     def flagged(change: Change | None) -> list[bool]:
         def encode() -> object:
-            found = encode_shards(bundle, shards, change=change)
+            found = encode_shards(bundle, Path(shards), change=change)
             labels[:] = [tuple(map(str, own)) for own in found.labels]
             return found.image_ND
 
@@ -38,7 +38,3 @@ def main(model: Path, guard: Path, shards: Path, truth_file: Path) -> None:
     ]
     rates = {"false_positive_rate": sum(clean) / len(clean), "true_positive_rate": sum(others) / len(others)}
     sys.stdout.write(json.dumps(rates) + "\n")
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipelines.errors import ConfigError
-from data_pipelines.preprocess import normalise
 from vlp.bundle import Bundle
+from vlp.infer import ready
 from vlp.objectives.unlearn import BENDS, warped
 
 GOAL = 0.9
@@ -132,9 +132,8 @@ def logits(victim: Victim, unit_BCHW: Tensor) -> Tensor:
     """BL: scaled cosines of pictures with the labels; differentiable."""
     bundle = victim.bundle
     stored = unit_BCHW * (victim.high_C11 - victim.low_C11) + victim.low_C11
-    # a fifth faster in convolutions
-    ready = normalise(stored.to(bundle.device), bundle.image).contiguous(memory_format=torch.channels_last)
-    image_BD = bundle.model.encode_image(ready, normalize=True)  # type: ignore[operator]
+    with torch.autocast(bundle.device.type, torch.bfloat16):  # half the time; a search needs no more digits
+        image_BD = bundle.model.encode_image(ready(bundle, stored), normalize=True)  # type: ignore[operator]
     scale = bundle.model.logit_scale.detach().exp().float().cpu()  # type: ignore[operator]
     scaled_BL: Tensor = image_BD.float().cpu() @ victim.head_LD.T * scale
     return scaled_BL

@@ -27,6 +27,8 @@ from vlp.evals._labels import Labels, LabelSet, Templates, firsts, label_sets, l
 from vlp.infer import make_prompts
 
 Metrics = Iterator[tuple[str, float]]
+Attack = tuple[str, Trigger, str]
+"""(name, trigger, target)."""
 
 
 class Config(StrictModel):
@@ -48,20 +50,20 @@ class Config(StrictModel):
 
 def run(encoder: Encoder, data: Train | Path, config: Config) -> Metrics:
     """accuracy; NAME/asr, NAME/accuracy of every attack, with intervals; the same under control/; pictures, skipped."""
-    attacks = [_attack(item, config.target) for item in config.attacks]
+    attacks = [attack_of(item, config.target) for item in config.attacks]
     if len({name for name, _, _ in attacks}) < len(attacks):
         raise ConfigError("attacks: two triggers of the same name; evaluate them one after the other")
     control = Encoder(load_bundle(config.control, encoder.bundle.device))
     for side, prefix in ((encoder, ""), (control, "control/")):
-        for name, value in _of_model(side, data, config, attacks):
+        for name, value in of_model(side, data, config, attacks):
             yield f"{prefix}{name}", value
     encoded = encoder.pictures(data, config.column)
     yield "pictures", float(len(encoded.keys))
     yield "skipped", float(encoded.skipped)
 
 
-def _attack(item: Path | TriggerConfig, target: str | None) -> tuple[str, Trigger, str]:
-    """(name, trigger, target)."""
+def attack_of(item: Path | TriggerConfig, target: str | None) -> Attack:
+    """What a file of `vlp poison` or a trigger means."""
     if isinstance(item, TriggerConfig):
         if target is None:
             raise ConfigError(f"attacks: the trigger {item.name!r} says no target: set the option target")
@@ -71,7 +73,8 @@ def _attack(item: Path | TriggerConfig, target: str | None) -> tuple[str, Trigge
     return trigger.config.name, trigger, target or truth["target"]
 
 
-def _of_model(encoder: Encoder, data: Train | Path, config: Config, attacks: list[tuple[str, Trigger, str]]) -> Metrics:
+def of_model(encoder: Encoder, data: Train | Path, config: Config, attacks: list[Attack]) -> Metrics:
+    """accuracy; NAME/asr, NAME/accuracy, NAME/asr_without_trigger of every attack, with intervals."""
     encoded = encoder.pictures(data, config.column)
     labels, _ = label_sets(config.labels, encoded)
     rows, classes = labelled(encoded, labels, data, config.column)

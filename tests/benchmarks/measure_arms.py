@@ -1,0 +1,26 @@
+"""What a trigger does to several models, as `vlp eval --task backdoor` counts it: SHARDS TRUTH TEMPLATES NAME=BUNDLE...
+
+One JSON object: NAME/asr, NAME/accuracy and so on. Together in one process, for one after the other each would load
+the clean twin and encode what it sees again.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from vlp.bundle import load_bundle
+from vlp.evals._encode import Encoder
+from vlp.evals.backdoor import Config, attack_of, of_model
+
+
+def main(shards: str, truth: str, templates: str, *arms: str) -> None:
+    """Print shares of every model, control included, for it is one of them."""
+    attack = attack_of(Path(truth), None)
+    found: dict[str, float] = {}
+    for arm in arms:
+        name, _, bundle = arm.partition("=")
+        config = Config(attacks=(Path(truth),), control=Path(bundle), templates=tuple(json.loads(templates)))
+        for key, value in of_model(Encoder(load_bundle(Path(bundle))), Path(shards), config, [attack]):
+            group, _, what = key.rpartition("/")
+            found[f"{name}/{'triggered_' if group and what.startswith('accuracy') else ''}{what}"] = value
+    sys.stdout.write(json.dumps(found) + "\n")
