@@ -120,9 +120,9 @@ class Runner:
         places = {name: str(self.folder(name)) for name in stage.needs} | {"out": str(out)}
         words = [PLACE.sub(lambda found: places.get(found[1], found[0]), word) for word in shlex.split(stage.command)]
         code = _apart(stage.script, words, out)
-        printed = (out / "stdout.txt").read_text().strip()
+        printed = out.with_suffix(".stdout").read_text().strip()
         if code != 0:
-            told = (out / "stderr.txt").read_text().strip()[-800:]
+            told = out.with_suffix(".stderr").read_text().strip()[-800:]
             raise RuntimeError(f"{stage.name}: `{stage.script or 'vlp'} {shlex.join(words)}` failed: {told}")
         write_atomic(out / DONE, lambda stream: stream.write(printed.splitlines()[-1].encode()))
 
@@ -149,8 +149,8 @@ def _apart(script: str, words: Sequence[str], out: Path) -> int:
 
 def _main(script: str, words: list[str], out: str) -> None:
     os.chdir(ROOT)
-    for number, name in ((1, "stdout.txt"), (2, "stderr.txt")):
-        os.dup2(os.open(Path(out) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+    for number, name in ((1, ".stdout"), (2, ".stderr")):  # beside the folder: commands want theirs empty
+        os.dup2(os.open(Path(out).with_suffix(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
     if script:
         importlib.import_module(script).main(*words)
         return
