@@ -163,4 +163,3 @@ def _main(script: str, words: list[str], out: str) -> None:
 def complete(results: Results, stages: Collection[Stage]) -> bool:
     """Whether all of these stages are known."""
     return all(stage.name in results for stage in stages)
-
