@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines.errors import ConfigError
-from vlp.claims import data
+from vlp.claims import clipart, data
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +59,17 @@ def test_keep_lists_of_fashion_have_equal_length_and_a_long_tail() -> None:
 def test_an_unknown_data_set_is_named_with_those_that_are() -> None:
     with pytest.raises(ConfigError, match="data set 'x' of the claims does not exist; there are claims-emoji"):
         data.find("x")
+
+
+def test_keywords_of_clip_art_are_those_of_many_and_titles_are_in_one_split() -> None:
+    folder = data.prepared("claims-clipart", progress=False)
+    splits = {split: rows_of(folder / split) for split in ("train", "val", "test")}
+    titles = {split: {row["caption"] for row in rows} for split, rows in splits.items()}
+    assert not titles["train"] & (titles["val"] | titles["test"])
+    assert not titles["val"] & titles["test"]
+    known = (folder / "labels.txt").read_text().splitlines()
+    carried = [label for row in splits["train"] for label in row["labels"]]
+    assert min(map(carried.count, known)) >= clipart.LEAST
+    assert set(carried) == set(known)
+    assert 0 < sum(not row["labels"] for row in splits["train"]) < len(splits["train"]) / 2
+    assert len(splits["test"]) > 200

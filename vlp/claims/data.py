@@ -19,8 +19,9 @@ from data_pipelines.errors import ConfigError
 from data_pipelines.files import cache_dir, write_atomic
 from data_pipelines.pictures import WriteOptions
 from data_pipelines.sources import Source, fashion_mnist
+from data_pipelines.sources import clipart as all_clipart
 from data_pipelines.sources import emoji as all_emoji
-from vlp.claims import emoji
+from vlp.claims import clipart, emoji
 
 RATIO = 100
 """Pictures of the largest class over those of the smallest in fashion's `longtail.txt`."""
@@ -47,6 +48,11 @@ def _emoji_files(folder: Path) -> Mapping[str, str]:
     }
 
 
+def _clipart_files(folder: Path) -> Mapping[str, str]:
+    labels = clipart.frequent_labels(all_clipart.iter_records(clipart.Config()))
+    return {"labels.txt": "".join(f"{label}\n" for label in labels)}
+
+
 def _fashion_files(folder: Path) -> Mapping[str, str]:
     """Keep-lists of equal length: all classes alike, or falling from the largest to a hundredth of it."""
     keys: dict[str, list[str]] = {name: [] for name in fashion_mnist.CLASSES}
@@ -69,6 +75,7 @@ def data_sets() -> dict[str, DataSet]:
     """All data sets of the claims by name."""
     return {
         "claims-emoji": DataSet(Source("claims-emoji", emoji, emoji.Config()), _emoji_files),
+        "claims-clipart": DataSet(Source("claims-clipart", clipart, clipart.Config()), _clipart_files),
         "claims-fashion": DataSet(sources.resolve("fashion-mnist"), _fashion_files),
     }
 
