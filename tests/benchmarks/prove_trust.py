@@ -6,9 +6,11 @@ leaves. All shards given here are labelled and clean, and the model was not trai
 
 import base64
 import json
+import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +21,11 @@ from typing import Any
 import click
 import httpx2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
 from bench_kit import write
+from measure_scan import auroc
 from prove import Proof
 
 from data_pipelines.pictures import WriteOptions
@@ -33,6 +39,7 @@ from vlp.backdoor.clean import trusted
 from vlp.backdoor.poison import Attack, load_truth, names_target, poison, repainted
 from vlp.backdoor.triggers import Config, Trigger
 from vlp.bundle import Bundle, load_bundle
+from vlp.curate.pictures import Pictures
 from vlp.infer import encode_images, label_head
 
 DRAWS, PAIRS, POISONS = 10, 1000, 5
@@ -40,6 +47,7 @@ NATURAL = 0.0003
 """Share of a natural cluster: 798 copies of one picture and caption among 2.3 M."""
 TOP = 20
 FILES, AT_ONCE = 1000, 25
+WIDTH, CENTRES = 512, 20
 FOLDER = click.Path(path_type=Path, exists=True)
 
 
@@ -194,6 +202,45 @@ def http(bundle: Path, control: Path, guard: Path, truth: Path, data: Path) -> N
     )
     met = (passed <= usual) + (false <= len(good) // 100)
     report(goal(f"end to end over HTTP, {told['trigger']['name']}", met, 2, note))
+
+
+@main.command()
+@click.option("--samples", default=1_000_000, help="Embeddings.")
+def scale(samples: int) -> None:
+    """A million embeddings, 0.1 % of them planted, all signs but copies: in 10 minutes and 4 GiB, and found."""
+    with tempfile.TemporaryDirectory() as scratch:
+        pictures, planted_N = crowd(Path(scratch), samples, samples // 1000)
+        options = scanning.Options(methods=("k-distance", "slof", "dao", "similarity", "isolation"))
+        began = time.monotonic()
+        signs = scanning.measure(Path(scratch), pictures, None, options)
+        suspicion_N = scanning.suspicion(signs)
+        seconds = time.monotonic() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    ranked = auroc(suspicion_N, planted_N)
+    passed = (seconds < 600) + (peak < 4) + (ranked > 0.97)
+    note = f"{samples:,} x {WIDTH}: {seconds:.0f} s, {peak:.1f} GiB at the peak, AUROC {ranked:.3f}"
+    report(goal("scan of a million embeddings", passed, 3, note))
+
+
+def crowd(folder: Path, samples: int, planted: int) -> tuple[Pictures, torch.Tensor]:
+    """Embeddings on disk around CENTRES of their own, and which of them lie in a tight knot off these."""
+    chance = np.random.default_rng(0)
+    centres = chance.standard_normal((CENTRES + 1, WIDTH), dtype=np.float32)
+    planted_N = np.zeros(samples, dtype=bool)
+    planted_N[chance.permutation(samples)[:planted]] = True
+    centre_N = np.where(planted_N, CENTRES, chance.integers(CENTRES, size=samples))
+    sides = []
+    for name in ("image", "text"):
+        rows = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, (samples, WIDTH))
+        for start in range(0, samples, 10_000):
+            middle = centres[centre_N[start : start + 10_000]]
+            near = middle + 0.7 * chance.standard_normal(middle.shape, dtype=np.float32)
+            rows[start : start + len(near)] = near / np.linalg.norm(near, axis=1, keepdims=True)
+        rows.flush()
+        sides.append(np.load(folder / f"{name}.npy", mmap_mode="r"))
+    table = folder / "rows.parquet"
+    pq.write_table(pa.table({"caption": ["a picture"] * samples}), table)
+    return Pictures(((sides[0], table),), 0, {}, (sides[1],)), torch.from_numpy(planted_N)
 
 
 if __name__ == "__main__":
