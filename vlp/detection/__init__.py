@@ -1,0 +1,1 @@
+"""Open-vocabulary detection: feature maps, pyramid, region heads, boxes, inference and what is drawn from it."""
