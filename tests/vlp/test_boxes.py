@@ -83,9 +83,7 @@ def test_clipping() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(CASE, st.sampled_from([0.0, 0.25, 1 / 3, 0.5, 1.0]), st.booleans(), st.sampled_from([None, 1, 5]))
-def test_nms_equals_the_loops(
-    case: list[tuple[int, ...]], threshold: float, grouped: bool, keep: int | None
-) -> None:
+def test_nms_equals_the_loops(case: list[tuple[int, ...]], threshold: float, grouped: bool, keep: int | None) -> None:
     """Whole coordinates and five scores: ties of scores, equal boxes, boxes without area and IoUs at the threshold."""
     rows = torch.tensor(case, dtype=torch.float32).view(-1, 6)
     boxes, scores, groups = rows[:, :4], rows[:, 4], rows[:, 5].long() if grouped else None

@@ -91,7 +91,7 @@ def nms_batch(
     """Greedy non-maximum suppression of many pictures at once: (index BK, whether that place is filled BK).
 
     From the highest score down, a box stays unless its IoU with one that stays exceeds `threshold`; of equal scores
-    the first in the list counts as higher. With `groups_BN` only boxes of the same number suppress each other (classes).
+    the first in the list counts as higher. With `groups_BN` only boxes of the same number suppress each other.
     `valid_BN` False: not a box, never kept. `keep`: stop after so many. Boxes without an area neither suppress nor are
     suppressed. Raises ValueError for scores or boxes that are not finite.
 
