@@ -60,7 +60,7 @@ def points_of(shapes: Sequence[tuple[int, int]], device: torch.device | str = "c
 
 def to_boxes(points: Points, ltrb_BP4: Tensor) -> Tensor:
     """BP4: boxes in fractions of the picture from distances in cells."""
-    spans_BP4 = ltrb_BP4 / points.grid_P2.repeat(1, 2)
+    spans_BP4 = ltrb_BP4 / torch.cat([points.grid_P2, points.grid_P2], dim=-1)
     return torch.cat([points.centres_P2 - spans_BP4[..., :2], points.centres_P2 + spans_BP4[..., 2:]], dim=-1)
 
 
