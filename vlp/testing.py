@@ -103,7 +103,13 @@ def network_input(batch: Batch) -> tuple[torch.Tensor, Batch]:
     return batch.pixels.float() / 255, replace(batch, views=views)
 
 
-MICRO_OPTIONS: dict[str, dict[str, Any]] = {"strong_baseline": {"hidden": 16, "dim": 8}}
+MICRO_OPTIONS: dict[str, dict[str, Any]] = {
+    "strong_baseline": {"hidden": 16, "dim": 8},
+    "detection_pretrain": {
+        "boxes": 3,
+        "parts": {"levels": [2, 3], "width": 8, "roi_size": 2, "convs": 1, "hidden": 16, "dense_convs": 1},
+    },
+}
 """Options that make the modules of an objective as small as these models; papers' sizes hold millions of weights."""
 
 

@@ -15,10 +15,13 @@ from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
 from data_pipelines.errors import ConfigError
+from vlp.detection.dense import project_places, project_tokens
 from vlp.detection.window import PLAIN, Vit, WindowConfig, run_vit, vit_of
 
 FINEST = 4
 """Pixels between the places of the finest map that is handed out."""
+Found = tuple[tuple[Tensor, ...], Tensor | None, Tensor]
+"""Maps, finest first; dense features where asked for; embedding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,8 @@ class Maps:
     """BCHW each, finest first; of a ViT its one token grid, normalised as for pooling."""
     embedding_BD: Tensor
     """The picture in the shared space, not normalised."""
+    dense_BDHW: Tensor | None = None
+    """Every place in the shared space as if pooled alone, where asked for; see dense.py."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,25 +45,29 @@ class MapTower:
     """C of the maps, finest first."""
     strides: tuple[int, ...]
     """Pixels between the places of the maps."""
-    run: Callable[[Tensor, WindowConfig], tuple[Tensor, ...]]
-    """Pixels -> the maps, and the embedding last."""
+    run: Callable[[Tensor, WindowConfig, bool], Found]
+    """Of pixels, windows, and whether dense features are wanted."""
     has_windows: bool
 
-    def __call__(self, pixels_BCHW: Tensor, window: WindowConfig | None = None) -> Maps:
-        """Maps and embedding of normalised pictures. Raises ConfigError for windows in a tower without tokens."""
+    def __call__(self, pixels_BCHW: Tensor, window: WindowConfig | None = None, dense: bool = False) -> Maps:
+        """Maps and embedding of normalised pictures. Raises ConfigError for windows in a tower without tokens.
+
+        `dense`: dense features too, from the same pass; ConfigError for a tower whose places cannot be pooled alone.
+        """
         if window is not None and not self.has_windows:
             raise ConfigError(
                 f"windows={window.windows}: the image tower has no grid of tokens to attend in windows; leave windows "
                 "out, or set model.name to an open_clip ViT or a timm VisionTransformer"
             )
-        *levels, embedding_BD = inside(self.tower, lambda pixels: self.run(pixels, window or PLAIN), pixels_BCHW)
-        return Maps(tuple(levels), embedding_BD)
+        found = inside(self.tower, lambda pixels: self.run(pixels, window or PLAIN, dense), pixels_BCHW)
+        levels, dense_BDHW, embedding_BD = found
+        return Maps(levels, embedding_BD, dense_BDHW)
 
 
 def inside(tower: nn.Module, function: Callable[[Tensor], Any], pixels_BCHW: Tensor) -> Any:
     """`function(pixels_BCHW)` in place of the tower's forward pass, its hooks included. Returns tensors or tuples."""
     own = tower.__dict__.get("forward")
-    tower.forward = function  # type: ignore[method-assign]
+    tower.forward = function
     try:
         return tower(pixels_BCHW)
     finally:
@@ -80,16 +89,17 @@ def maps_of(model: nn.Module) -> MapTower:
         return _of_timm(tower)
     kind = type(getattr(tower, "trunk", tower)).__name__
     raise ConfigError(
-        f"detection needs feature maps, which the image tower {kind} does not give: set model.name or model.config to an "
-        "open_clip ViT or ResNet, or to a timm tower with forward_intermediates"
+        f"detection needs feature maps, which the image tower {kind} does not give: set model.name or model.config to "
+        "an open_clip ViT or ResNet, or to a timm tower with forward_intermediates"
     )
 
 
 def _of_vit(tower: Any, vit: Vit) -> MapTower:
     trunk = getattr(tower, "trunk", None)
 
-    def run(pixels_BCHW: Tensor, window: WindowConfig) -> tuple[Tensor, ...]:
-        tokens_BLD, grid = run_vit(vit, pixels_BCHW, window)
+    def run(pixels_BCHW: Tensor, window: WindowConfig, dense: bool) -> Found:
+        tokens = run_vit(vit, pixels_BCHW, window)
+        tokens_BLD = tokens.after_BLD
         if trunk is not None:
             normed_BLD = trunk.norm(tokens_BLD)
             embedding_BD = tower.head(trunk.forward_head(normed_BLD))
@@ -99,7 +109,8 @@ def _of_vit(tower: Any, vit: Vit) -> MapTower:
             # the norm of a tower with attention pooling is not of the tokens' width
             normed_BLD = tokens_BLD if tower.attn_pool is not None else tower.ln_post(tokens_BLD)
         patches_BLD = normed_BLD[:, vit.prefix :]
-        return patches_BLD.transpose(1, 2).unflatten(2, grid), embedding_BD
+        dense_BDHW = project_tokens(tower, tokens.before_BLD, tokens.grid) if dense else None
+        return (patches_BLD.transpose(1, 2).unflatten(2, tokens.grid),), dense_BDHW, embedding_BD
 
     if trunk is not None:
         width, stride = int(trunk.embed_dim), int(trunk.patch_embed.patch_size[0])
@@ -111,12 +122,12 @@ def _of_vit(tower: Any, vit: Vit) -> MapTower:
 def _of_resnet(tower: Any) -> MapTower:
     layers = (tower.layer1, tower.layer2, tower.layer3, tower.layer4)
 
-    def run(pixels_BCHW: Tensor, _: WindowConfig) -> tuple[Tensor, ...]:
+    def run(pixels_BCHW: Tensor, window: WindowConfig, dense: bool) -> Found:
         found, map_BCHW = [], tower.stem(pixels_BCHW)
         for layer in layers:
             map_BCHW = layer(map_BCHW)
             found.append(map_BCHW)
-        return *found, tower.attnpool(map_BCHW)
+        return tuple(found), project_places(tower, map_BCHW) if dense else None, tower.attnpool(map_BCHW)
 
     channels = tuple(int(layer[-1].conv3.out_channels) for layer in layers)
     return MapTower(tower, channels, (4, 8, 16, 32), run, has_windows=False)
@@ -130,9 +141,10 @@ def _of_timm(tower: Any) -> MapTower:
     strides = tuple(sorted(last))
     indices = [last[stride][0] for stride in strides]
 
-    def run(pixels_BCHW: Tensor, _: WindowConfig) -> tuple[Tensor, ...]:
+    def run(pixels_BCHW: Tensor, window: WindowConfig, dense: bool) -> Found:
         final, found = trunk.forward_intermediates(pixels_BCHW, indices=indices, output_fmt="NCHW")
-        return *found, tower.head(trunk.forward_head(final))
+        dense_BDHW = project_places(tower, final) if dense else None
+        return tuple(found), dense_BDHW, tower.head(trunk.forward_head(final))
 
     return MapTower(tower, tuple(last[stride][1] for stride in strides), strides, run, has_windows=False)
 

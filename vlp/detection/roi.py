@@ -1,9 +1,9 @@
 """RoIAlign in plain torch (He et al. 2017, arXiv 1703.06870), equal to torchvision's with aligned=True.
 
 The value of a bin is a weighted sum over the map's places, the same for all channels. On small maps the weights of all
-bins are written out and applied as one matrix product; on large ones, where most of them would be zeros, the samples are
-read one by one. Differentiable in maps and boxes. Suffixes: B images, M boxes, C channels, H rows and W columns of a
-map, S bins a side, N samples a side (all bins), P places of a map.
+bins are written out and applied as one matrix product; on large ones, where most of them would be zeros, the samples
+are read one by one. Differentiable in maps and boxes. Suffixes: B images, M boxes, C channels, H rows and W columns of
+a map, S bins a side, N samples a side (all bins), P places of a map.
 """
 
 import torch
@@ -17,15 +17,16 @@ DENSE_PLACES = 1024
 def roi_align(map_BCHW: Tensor, boxes_BM4: Tensor, size: int = 7, samples: int = 2) -> Tensor:
     """BMCSS: every box cut out of the map of its own picture, `size` bins a side.
 
-    Boxes are xyxy as fractions 0..1 of the picture; what lies more than a place beyond the map counts zero. `samples`: a
-    side, for each bin. A box of no extent reads its point `size` x `size` times; one turned round is read backwards.
+    Boxes are xyxy as fractions 0..1 of the picture; what lies over half a place beyond the map counts zero. `samples`:
+    a side, for each bin. A box of no extent reads its point `size` x `size` times; one turned round is read backwards.
     """
     places = map_BCHW.shape[2] * map_BCHW.shape[3]
     if places > DENSE_PLACES:
         return _by_samples(map_BCHW, boxes_BM4, size, samples)
     rows_BMSH, columns_BMSW = _both_weights(map_BCHW, boxes_BM4, size, samples)
     weights_BMSSP = (rows_BMSH[:, :, :, None, :, None] * columns_BMSW[:, :, None, :, None, :]).flatten(4)
-    return _apply(weights_BMSSP.flatten(1, 3), map_BCHW).unflatten(1, weights_BMSSP.shape[1:4]).permute(0, 1, 4, 2, 3)
+    found = _apply(weights_BMSSP.flatten(1, 3), map_BCHW).unflatten(1, weights_BMSSP.shape[1:4])
+    return found.permute(0, 1, 4, 2, 3)
 
 
 def roi_mean(map_BCHW: Tensor, boxes_BM4: Tensor, size: int = 14, samples: int = 2) -> Tensor:
@@ -54,7 +55,7 @@ def _weights(start_BM: Tensor, end_BM: Tensor, length: int, size: int, samples: 
     inside_BMN = (points_BMN >= -1) & (points_BMN <= length)
     places = torch.arange(length, device=start_BM.device)
     distance = (points_BMN.clamp(0, length - 1)[..., None] - places).abs()
-    weights = (1 - distance).clamp(min=0) * inside_BMN[..., None]
+    weights: Tensor = (1 - distance).clamp(min=0) * inside_BMN[..., None]
     return weights.unflatten(2, (size, samples)).mean(3)
 
 

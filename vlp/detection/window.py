@@ -1,10 +1,10 @@
 """ViTs with attention in windows, and shifted-window learning (DITO: Kim et al. 2023, arXiv 2310.00161).
 
-The token grid is cut into windows x windows parts, and in most layers a token sees its own part only (as in ViTDet, Li et
-al. 2022, arXiv 2203.16527). A class token and other prefix tokens go into every window as a copy, and the copies are
-averaged after the layer. Shifted-window learning runs the same blocks a second time on the grid rolled by half a window,
-rolls the result back and averages both; positions are added after the roll, so they stay where they are. Tokens that
-wrap round at the edge need no mask.
+The token grid is cut into windows x windows parts, and in most layers a token sees its own part only (as in ViTDet, Li
+et al. 2022, arXiv 2203.16527). A class token and other prefix tokens go into every window as a copy, and the copies are
+averaged after the layer. Shifted-window learning runs the same blocks a second time on the grid rolled by half a
+window, rolls the result back and averages both; positions are added after the roll, so they stay where they are. Tokens
+that wrap round at the edge need no mask.
 
 With one window and no shift the result is the tower's own, bit for bit. Stochastic depth, where a tower has it, drops
 whole windows. Suffixes: B pictures, C channels, H rows and W columns of the token grid, P prefix tokens, L tokens of a
@@ -76,8 +76,8 @@ def vit_of(tower: nn.Module) -> Vit | None:
 
 def _open_clip(tower: Any) -> Vit:
     def patches(pixels_BCHW: Tensor) -> Tensor:
-        grid_BDHW: Tensor = tower.conv1(pixels_BCHW)
-        return grid_BDHW.permute(0, 2, 3, 1)
+        grid_BHWD: Tensor = tower.conv1(pixels_BCHW).permute(0, 2, 3, 1)
+        return grid_BHWD
 
     def start(grid_BHWD: Tensor) -> Tensor:
         own_BPD = tower.class_embedding.to(grid_BHWD.dtype).expand(len(grid_BHWD), 1, -1)
@@ -108,8 +108,20 @@ def _timm(trunk: Any) -> Vit:
     return Vit(patches, start, trunk.blocks, trunk.num_prefix_tokens, trunk.grad_checkpointing, dropped)
 
 
-def run_vit(vit: Vit, pixels_BCHW: Tensor, window: WindowConfig = PLAIN) -> tuple[Tensor, tuple[int, int]]:
-    """(tokens after the last block, BLD, before any final norm; H and W of their grid).
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What the blocks of a ViT give; with a shift the means of both passes."""
+
+    after_BLD: Tensor
+    """Behind the last block, before any final norm; prefix tokens first."""
+    before_BLD: Tensor
+    """What the last block was given."""
+    grid: tuple[int, int]
+    """H and W of the patches."""
+
+
+def run_vit(vit: Vit, pixels_BCHW: Tensor, window: WindowConfig = PLAIN) -> Tokens:
+    """One pass of a ViT, or two.
 
     Raises ConfigError for a grid that cannot be cut in such windows, and for a tower that drops patches.
     """
@@ -118,22 +130,26 @@ def run_vit(vit: Vit, pixels_BCHW: Tensor, window: WindowConfig = PLAIN) -> tupl
     if vit.dropped:
         raise ConfigError("model.patch_dropout leaves holes in the token grid: set it to 0")
     _check(window, rows, columns, len(vit.blocks))
-    tokens_BLD = _blocks(vit, vit.start(grid_BHWD), grid, window)
-    if window.shift:
-        down, right = rows // window.windows // 2, columns // window.windows // 2
-        rolled_BLD = _blocks(vit, vit.start(grid_BHWD.roll((-down, right), (1, 2))), grid, window)
+    after_BLD, before_BLD = _blocks(vit, vit.start(grid_BHWD), grid, window)
+    if not window.shift:
+        return Tokens(after_BLD, before_BLD, grid)
+    down, right = rows // window.windows // 2, columns // window.windows // 2
+    rolled = _blocks(vit, vit.start(grid_BHWD.roll((-down, right), (1, 2))), grid, window)
+
+    def mean(own_BLD: Tensor, rolled_BLD: Tensor) -> Tensor:
         prefix_BPD, patches_BLD = rolled_BLD[:, : vit.prefix], rolled_BLD[:, vit.prefix :]
         back_BHWD = patches_BLD.unflatten(1, grid).roll((down, -right), (1, 2))
-        tokens_BLD = 0.5 * (tokens_BLD + torch.cat([prefix_BPD, back_BHWD.flatten(1, 2)], dim=1))
-    return tokens_BLD, grid
+        return 0.5 * (own_BLD + torch.cat([prefix_BPD, back_BHWD.flatten(1, 2)], dim=1))
+
+    return Tokens(mean(after_BLD, rolled[0]), mean(before_BLD, rolled[1]), grid)
 
 
 def _check(window: WindowConfig, rows: int, columns: int, layers: int) -> None:
     count = window.windows
     if rows % count or columns % count:
         raise ConfigError(
-            f"windows={count}: a grid of {rows} x {columns} tokens cannot be cut in {count} x {count} equal windows; set "
-            f"data.image.size to a multiple of {count} patches, or windows to a divisor of the grid's side"
+            f"windows={count}: a grid of {rows} x {columns} tokens cannot be cut in {count} x {count} equal windows; "
+            f"set data.image.size to a multiple of {count} patches, or windows to a divisor of the grid's side"
         )
     if count > 1 and window.global_layers > layers:
         raise ConfigError(f"global_layers={window.global_layers}: the tower has {layers} layers")
@@ -149,16 +165,19 @@ def is_global(layer: int, layers: int, count: int) -> bool:
     return layer in [(number + 1) * layers // count - 1 for number in range(count)]
 
 
-def _blocks(vit: Vit, tokens_BLD: Tensor, grid: tuple[int, int], window: WindowConfig) -> Tensor:
+def _blocks(vit: Vit, tokens_BLD: Tensor, grid: tuple[int, int], window: WindowConfig) -> tuple[Tensor, Tensor]:
+    """Tokens after the last block, and before it."""
     layers = len(vit.blocks)
+    before_BLD = tokens_BLD
     for number, block in enumerate(vit.blocks):
         whole = window.windows == 1 or is_global(number, layers, window.global_layers)
         run = block if whole else _Windowed(block, grid, vit.prefix, window.windows)
+        before_BLD = tokens_BLD
         if vit.checkpointed and torch.is_grad_enabled():
             tokens_BLD = checkpoint(run, tokens_BLD, use_reentrant=False)
         else:
             tokens_BLD = run(tokens_BLD)
-    return tokens_BLD
+    return tokens_BLD, before_BLD
 
 
 @dataclass(frozen=True, slots=True)
