@@ -40,6 +40,8 @@ class Batch:
     """BM4 float32, xyxy as fractions 0..1."""
     box_mask: Tensor | None = None
     """BM bool, True where a box is real."""
+    box_labels: Tensor | None = None
+    """BM int64 number of a box's label, -1 = none of those that are numbered."""
     region_tokens: Tensor | None = None
     """BML int64, one text per box."""
     weight: Tensor | None = None
