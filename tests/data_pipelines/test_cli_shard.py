@@ -117,7 +117,7 @@ def test_a_folder_with_other_things_is_not_littered(photos: Path, tmp_path: Path
         (["{tmp}/empty"], "no images among 0 files"),
         (
             ["{tmp}/nowhere"],
-            "no such path, and no data set has this name; data sets are clipart, emoji, ",
+            "no such path, and no data set has this name; data sets are clipart, detection-starter, emoji, ",
         ),
         (["{tmp}/photos", "--kind", "rar"], "kinds are clipart, coco, emoji, fashion-mnist, folder"),
         (["{tmp}/photos", "--template", "a {label}"], "template 'a {label}' has no effect"),
