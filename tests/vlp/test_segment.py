@@ -92,11 +92,12 @@ def test_every_place_of_a_picture_gets_its_own_colours(
     height, width = size
     down, right = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     pixels = (torch.stack([right, down, 1 - 0.5 * (right + down)]) * 255).round().to(torch.uint8)
-    image = ImageConfig(size=32, resize=resize, ground=0, interpolation="bilinear")  # type: ignore[arg-type]
+    image = ImageConfig(size=32, resize=resize, ground=0, interpolation="bilinear")
     found = dense.picture_embeddings(micro_bundle(), pixels, size, image)
-    assert found.shape[1:] == dense.covered(size, resize, 4)
-    expected = F.normalize(F.adaptive_avg_pool2d(pixels.float() + 1.0, found.shape[1:]), dim=0)
-    if min(found.shape[1:]) > 1:  # a picture thinner than half a cell is stretched to fill one, beside the ground
+    rows, columns = dense.covered(size, resize, 4)
+    assert found.shape[1:] == (rows, columns)
+    expected = F.normalize(F.adaptive_avg_pool2d(pixels.float() + 1.0, (rows, columns)), dim=0)
+    if min(rows, columns) > 1:  # a picture thinner than half a cell is stretched to fill one, beside the ground
         assert (found - expected).abs().max() < 0.06
 
 
@@ -194,7 +195,7 @@ def test_the_command_writes_a_map(tmp_path: Path) -> None:
     with Image.open(out) as drawn:
         assert (drawn.mode, drawn.size) == ("P", (found["width"], found["height"]))
         values = np.bincount(np.asarray(drawn).ravel(), minlength=3) / np.asarray(drawn).size
-        assert drawn.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]  # type: ignore[index]
+        assert drawn.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
     assert values.tolist() == pytest.approx([found["shares"][name] for name in found["names"]])
     for wrong, named in (
         (["--labels", " , "], "labels: none is given"),
