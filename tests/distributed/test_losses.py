@@ -13,18 +13,20 @@ from vlp.objectives import base
 from vlp.objectives._kernel import Job, two_way
 from vlp.objectives.base import Dims
 from vlp.testing import (
+    FULL_BOX_LABELS,
     FULL_CLASSES,
     FULL_CLUSTERS,
     MICRO_OPTIONS,
     attached,
     full_batch,
+    micro_bundle,
     micro_model,
     network_input,
     run_ranks,
 )
 
 COUNT = 8
-DIMS = Dims(16, 2.0, FULL_CLASSES, FULL_CLUSTERS)
+DIMS = Dims(16, 2.0, FULL_CLASSES, FULL_CLUSTERS, tokenizer=micro_bundle().tokenizer, box_labels=FULL_BOX_LABELS)
 WAYS = ("gather", "local", "ring")
 LABELLED: list[dict[str, Any]] = [
     {"name": "supcon", "positives": "jaccard", "clip": {"mask": "labels", "exchange": "ring"}},

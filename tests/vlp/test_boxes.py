@@ -25,7 +25,8 @@ def slow_iou(a: Tensor, b: Tensor) -> np.float32:
     shared = max(0.0, min(ax1, bx1) - max(ax0, bx0)) * max(0.0, min(ay1, by1) - max(ay0, by0))
     sides = [max(0.0, x1 - x0) * max(0.0, y1 - y0) for x0, y0, x1, y1 in ((ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1))]
     union = sum(sides) - shared
-    return np.float32(shared) / np.float32(union) if union > 0 else np.float32(0)
+    found: np.float32 = np.float32(shared) / np.float32(union) if union > 0 else np.float32(0)
+    return found
 
 
 def slow_nms(boxes: Tensor, scores: Tensor, threshold: float, groups: Tensor | None, keep: int | None) -> list[int]:

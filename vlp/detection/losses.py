@@ -1,8 +1,8 @@
 """The three losses of detector fine-tuning, over the batch of all ranks.
 
 Where and how large: IoU loss of the distances that points predict, weighted by centreness (FCOS, arXiv 1904.01355).
-Whether anything: centreness as a soft target, with the quality focal loss (arXiv 2006.04388, equation 2), for nearly all
-points lie outside of objects. What: softmax over class texts and a background. Suffixes: B pictures, P points, R
+Whether anything: centreness as a soft target, with the quality focal loss (arXiv 2006.04388, equation 2), for nearly
+all points lie outside of objects. What: softmax over class texts and a background. Suffixes: B pictures, P points, R
 regions, N of any of these, D embedding width, K classes.
 """
 
