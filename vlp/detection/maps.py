@@ -151,6 +151,7 @@ def _of_timm(tower: Any) -> MapTower:
 
 def as_type(map_BCHW: Tensor, weight: Tensor) -> Tensor:
     """The map in the type of the weights it meets, unless autocast sees to that."""
-    if torch.is_autocast_enabled(map_BCHW.device.type):
+    kind = map_BCHW.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return map_BCHW
     return map_BCHW.to(weight.dtype)

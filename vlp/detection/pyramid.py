@@ -43,13 +43,13 @@ class Pyramid(nn.Module):
         """For each level the tower's map that it starts from."""
         self.steps = tuple(level - own[source] for level, source in zip(levels, self.sources, strict=True))
         """Halvings from there; negative: doublings."""
+        inputs = [channels[source] // 2 ** max(0, -step) for source, step in zip(self.sources, self.steps, strict=True)]
+        if min(inputs) < 1:
+            raise ConfigError(f"levels={list(levels)}: the tower's maps are too narrow to be enlarged so often")
         resize: list[nn.Module] = []
         for source, step in zip(self.sources, self.steps, strict=True):
             resize.append(_up(channels[source], -step) if step < 0 else _down(step))
         self.resize = nn.ModuleList(resize)
-        inputs = [channels[source] // 2 ** max(0, -step) for source, step in zip(self.sources, self.steps, strict=True)]
-        if min(inputs) < 1:
-            raise ConfigError(f"levels={list(levels)}: the tower's maps are too narrow to be enlarged so often")
         self.lateral = nn.ModuleList(conv_norm(before, width, 1) for before in inputs)
         self.smooth = nn.ModuleList(conv_norm(width, width, 3) for _ in levels)
 
@@ -81,7 +81,7 @@ def _up(channels: int, doublings: int) -> nn.Sequential:
     for number in range(doublings):
         if number:
             layers += [ChannelNorm(channels), nn.GELU()]
-        layers.append(nn.ConvTranspose2d(channels, max(1, channels // 2), 2, stride=2))
+        layers.append(nn.ConvTranspose2d(channels, channels // 2, 2, stride=2))
         channels //= 2
     return nn.Sequential(*layers)
 

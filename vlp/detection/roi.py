@@ -21,7 +21,7 @@ def roi_align(map_BCHW: Tensor, boxes_BM4: Tensor, size: int = 7, samples: int =
     a side, for each bin. A box of no extent reads its point `size` x `size` times; one turned round is read backwards.
     """
     places = map_BCHW.shape[2] * map_BCHW.shape[3]
-    if places > DENSE_PLACES:
+    if places > DENSE_PLACES and boxes_BM4.numel():
         return _by_samples(map_BCHW, boxes_BM4, size, samples)
     rows_BMSH, columns_BMSW = _both_weights(map_BCHW, boxes_BM4, size, samples)
     weights_BMSSP = (rows_BMSH[:, :, :, None, :, None] * columns_BMSW[:, :, None, :, None, :]).flatten(4)
