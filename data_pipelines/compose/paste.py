@@ -60,9 +60,10 @@ def open_cutout(data: bytes, side: int) -> Cutout:
 def open_scene(data: bytes, part: tuple[float, float, float, float], side: int) -> Image.Image:
     """The usable part of a photograph, no larger than crops for pictures of `side` pixels need it."""
     with Image.open(io.BytesIO(data)) as stored:
-        image = stored.convert("RGB")
-    size = image.width, image.height, image.width, image.height
-    image = image.crop(tuple(int(share * pixels) for share, pixels in zip(part, size, strict=True)))  # type: ignore[arg-type]
+        image: Image.Image = stored.convert("RGB")
+    x0, y0, x1, y1 = part
+    box = int(x0 * image.width), int(y0 * image.height), int(x1 * image.width), int(y1 * image.height)
+    image = image.crop(box)
     most = ceil(ROOM * 2 * side)
     if min(image.size) > most:
         scale = most / min(image.size)

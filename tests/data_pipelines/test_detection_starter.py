@@ -185,7 +185,7 @@ def test_an_object_without_a_place_is_left_out() -> None:
 
 
 def test_sizes_by_split() -> None:
-    assert Config(pictures=["train=7", "test=0"]).pictures == {"pretrain": 4000, "train": 7, "val": 500, "test": 0}  # type: ignore[arg-type]
+    assert Config(pictures=["train=7", "test=0"]).pictures == {"pretrain": 4000, "train": 7, "val": 500, "test": 0}
     assert detection_starter.count(Config(pictures={"train": 7})) == 4000 + 7 + 500 + 1000
     with pytest.raises(ConfigError, match="there is no split dev; splits are pretrain, train, val, test"):
         sources.resolve("detection-starter", pictures={"dev": 3})
