@@ -42,7 +42,8 @@ def options_of(task: str, train: Path | str) -> dict[str, Any]:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train/ and test/: 150 and 77 pictures in shards of 40; uneven shares for 2 and 4 ranks. One picture is damaged.
 
-    Every seventh has no caption, the others one or two; all have one or two of five labels.
+    Every seventh has no caption, the others one or two; all have one or two of five labels,
+    and a box of the first.
     """
     root = tmp_path_factory.mktemp("shards")
     for name, count in (("train", 150), ("test", 77)):
@@ -53,6 +54,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "test",
                 f"{name}-{n}",
                 labels=tuple(dict.fromkeys((f"label {n % 5}", f"label {n % 3}"))),
+                boxes=((0.1, 0.2, 0.6, 0.9, f"label {n % 5}"),),
             )
             for n in range(count)
         ]
