@@ -122,11 +122,13 @@ class Detector:
     @torch.inference_mode()
     def detect_pixels(self, pixels_BCSS: Tensor, labels: Iterable[str], options: Options = DEFAULT) -> Found:
         """What is in pictures that have the model's size already, uint8. Raises ConfigError, BundleError."""
-        merged = merge_labels(labels)
-        seen = self.look(pixels_BCSS, options.ensemble)
+        return self.find(self.look(pixels_BCSS, options.ensemble), merge_labels(labels), options)
+
+    def find(self, seen: Seen, labels: tuple[str, ...], options: Options) -> Found:
+        """What is in pictures that were looked at already; `labels` are distinct. Raises BundleError."""
         boxes_BR4, objectness_BR = self.propose(seen, options.proposals)
-        scores_BRK = self.classify(seen, boxes_BR4, merged, options)
-        return choose(boxes_BR4, scores_BRK * objectness_BR[..., None] ** options.objectness, merged, options)
+        scores_BRK = self.classify(seen, boxes_BR4, labels, options)
+        return choose(boxes_BR4, scores_BRK * objectness_BR[..., None] ** options.objectness, labels, options)
 
     @torch.inference_mode()
     def score_regions(
