@@ -92,14 +92,16 @@ def machine() -> str:
     return f"{model}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
 
 
-def write(suite: str, rows: Sequence[Any], folder: Path = RESULTS, group: str = "") -> Path:
+def write(suite: str, rows: Sequence[Any], folder: Path = RESULTS, group: str = "", fresh: bool = False) -> Path:
     """Write or update the result file of a suite: rows measured now replace those of the same name, others stay.
+
+    `fresh`: others go.
 
     `rows`: dataclasses with a `name`, such as Row; those of figures get the command that measures them again, by the
     name of their `group`, or their own.
     """
     path = folder / f"{suite}.json"
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = json.loads(path.read_text())["rows"] if path.exists() and not fresh else []
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     when = {
         "date": datetime.now(timezone.utc).date().isoformat(),
@@ -110,9 +112,9 @@ def write(suite: str, rows: Sequence[Any], folder: Path = RESULTS, group: str = 
         row.name: {"command": f"make bench-{suite} ROWS={group or row.name}"} if isinstance(row, Row) else {}
         for row in rows
     }
-    fresh = {row.name: asdict(row) | again[row.name] | when for row in rows}
-    merged = [fresh.pop(row["name"], row) for row in kept]
-    result = {"suite": suite, "rows": [*merged, *fresh.values()]}
+    now = {row.name: asdict(row) | again[row.name] | when for row in rows}
+    merged = [now.pop(row["name"], row) for row in kept]
+    result = {"suite": suite, "rows": [*merged, *now.values()]}
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return path
