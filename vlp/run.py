@@ -129,7 +129,7 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
         loader.clusters,
         image=image,
         tokenizer=tokenizer,
-        box_labels=getattr(loader, "box_names", ()),
+        box_labels=loader.box_names,
         weights=recipe.model.weights,
     )
     objective = module.build(options, dims).to(device)

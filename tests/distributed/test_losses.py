@@ -49,6 +49,15 @@ CASES += [
 CASES += [{"name": name, "between": "texts", "mask": "labels"} for name in ("cacr", "groco")]
 CASES += [{"name": name, "clip_weight": 0.0} for name in ("cacr", "groco", "pair_gate")]
 CASES += [{"name": "pair_gate", "source": "clusters", "fuse": "product", "renormalise": True}]
+CASES += [
+    {
+        "name": "detection_pretrain",
+        "pool": "attention",
+        "clip": {"mask": "labels"},
+        **MICRO_OPTIONS["detection_pretrain"],
+    },
+    {"name": "detection_pretrain", "clip_weight": 0.5, **MICRO_OPTIONS["detection_pretrain"]},
+]
 STRONG: dict[str, Any] = {"name": "strong_baseline", "clip": {"mask": "captions"}, **MICRO_OPTIONS["strong_baseline"]}
 CASES += [{**STRONG, "ssl": ssl, "ssl_hidden": 12, "ssl_dim": 6} for ssl in ("simclr", "siamlip", "byolip", "barlip")]
 CASES += [{**STRONG, "ssl": "swalip", "smoothing": 0.0}]

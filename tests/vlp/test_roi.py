@@ -78,8 +78,8 @@ def test_equals_the_slow_definition_with_gradients(
 def test_one_bin_by_hand() -> None:
     """A 2 x 2 map of 1, 2 / 3, 4 and the whole picture as one bin with one sample: its middle, the mean 2.5.
 
-    The left half's middle lies at x = 0.25 * 2 - 0.5 = 0: the mean of the left column, 2. With four samples in the whole
-    picture each falls on a place: 2.5 again. The far corner, of no extent, reads the last place: 4.
+    The left half's middle lies at x = 0.25 * 2 - 0.5 = 0: the mean of the left column, 2. With four samples in the
+    whole picture each falls on a place: 2.5 again. The far corner, of no extent, reads the last place: 4.
     """
     map_BCHW = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
     boxes = torch.tensor([[[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.5, 1.0], [1.0, 1.0, 1.0, 1.0]]])
@@ -105,7 +105,7 @@ def test_a_large_map_gives_the_same_either_way(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("side", [4, 40])
 def test_gradients_reach_the_boxes(side: int) -> None:
-    """On a ramp along x the mean of a box is its middle's x: half of it hangs on either side, times the ramp's slope."""
+    """On a ramp along x the mean of a box is its middle's x: half of it hangs on either side, times the slope, 1."""
     ramp = torch.arange(side).float().expand(1, 1, side, side) / side
     boxes = torch.tensor([[[0.3, 0.3, 0.6, 0.7]]], requires_grad=True)
     roi_align(ramp, boxes, size=2).mean().backward()
