@@ -21,6 +21,7 @@ from data_pipelines.batch import Batch
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import ConfigError
 from vlp.detection.boxes import IouLoss, is_valid
+from vlp.detection.cost import detector_pass, region_flops
 from vlp.detection.losses import BACKGROUND, IGNORED, centre_loss, class_logits, class_loss, side_loss
 from vlp.detection.maps import MapTower, maps_of
 from vlp.detection.model import NAME, DetectionParts, PartsConfig
@@ -130,6 +131,19 @@ class DetectionFinetune(nn.Module):
         """Pyramid and heads, for the bundle."""
         assert self.parts is not None, "attach comes first"
         return {NAME: self.parts}
+
+    def more_flops(self, model: nn.Module, side: int, channels: int, passes: int) -> int:
+        """What pyramid and heads cost beside one pass of the towers, forward and backward, of one sample.
+
+        Proposals alone count as regions; the text tower, which rests, is counted by the trainer all the same.
+        """
+        assert self.parts is not None, "attach comes first"
+        return region_flops(model, self.parts, side, channels, self.config.proposals, passes, detector_pass)
+
+    def picture_pass(self, model: nn.Module, pixels_BCHW: Tensor) -> object:
+        """What is computed of pictures, for an estimate of its memory."""
+        assert self.parts is not None, "attach comes first"
+        return detector_pass(model, self.parts, pixels_BCHW, self.config.proposals)
 
     def encode(self, model: Encoder, pixels_BCHW: Tensor, batch: Batch) -> Features:
         """The image tower and the heads; what every point and region says, and what it should have said.
