@@ -393,6 +393,18 @@ def test_a_bad_picture_fails_alone(bundle: str, photo: Path, tmp_path: Path) -> 
     assert "none of the pictures could be used" in result.stderr
 
 
+def test_an_array_is_searched_but_not_drawn(bundle: str, photo: Path, tmp_path: Path) -> None:
+    array = tmp_path / "bands.npy"
+    np.save(array, np.zeros((3, 30, 40), np.uint8))
+    result = vlp(bundle, str(array), str(photo), "--labels", "bear", "--threshold", "0", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    assert "40 x 30" in result.stdout
+    assert "not drawn: " in result.stdout
+    assert (tmp_path / "out" / "photo.png").is_file()
+    blocked = vlp(bundle, str(photo), "--labels", "bear", "--out", str(photo / "below.png"))
+    assert "cannot be written" in blocked.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -85,9 +85,9 @@ def detect(
                 rows.append({"path": str(path), "error": str(view)})
                 continue
             detections = next(found)
+            rows.append(_row(path, view, detections))
             if target is not None:
-                _draw(path, detections, target)
-            rows.append(_row(path, view, detections, target))
+                rows[-1] |= _draw(path, detections, target)
     emit({"bundle": str(bundle), "images": rows}, as_json, [line for row in rows for line in _lines(row)])
     if all("error" in row for row in rows):
         raise PipelineError(f"none of the pictures could be used; the first: {rows[0]['error']}")
@@ -155,26 +155,30 @@ def _view(detector: "Detector", path: Path) -> "View | BadSample":
         return error
 
 
-def _draw(path: Path, found: "list[Detection]", target: Path) -> None:
+def _draw(path: Path, found: "list[Detection]", target: Path) -> dict[str, str]:
+    """Draw them, and say where; or why not, for a picture of bands that nobody sees."""
     from data_pipelines.fetch import FetchOptions, read_bytes
     from data_pipelines.images import flatten, open_checked, upright
     from vlp.detection.overlay import draw_detections
 
-    drawn = draw_detections(flatten(upright(open_checked(read_bytes(path, FetchOptions())))), found)
+    try:
+        image = flatten(upright(open_checked(read_bytes(path, FetchOptions()))))
+    except BadSample as error:
+        return {"not_drawn": str(error)}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        drawn.save(target)
+        draw_detections(image, found).save(target)
     except OSError as error:
         raise ConfigError(f"--out {target}: cannot be written ({error.strerror or error})") from error
+    return {"overlay": str(target)}
 
 
-def _row(path: Path, view: "View", found: "list[Detection]", target: Path | None) -> dict[str, Any]:
+def _row(path: Path, view: "View", found: "list[Detection]") -> dict[str, Any]:
     detections = [
         {"label": item.label, "score": round(item.score, 4), "box": [round(side, 1) for side in item.box]}
         for item in found
     ]
-    drawn = {} if target is None else {"overlay": str(target)}
-    return {"path": str(path), "width": view.width, "height": view.height, "detections": detections, **drawn}
+    return {"path": str(path), "width": view.width, "height": view.height, "detections": detections}
 
 
 def _lines(row: dict[str, Any]) -> list[str]:
@@ -186,4 +190,5 @@ def _lines(row: dict[str, Any]) -> list[str]:
     for item in found:
         x0, y0, x1, y1 = item["box"]
         lines.append(f"  {item['score']:6.3f}  {item['label']:24} {x0:.0f} {y0:.0f} {x1:.0f} {y1:.0f}")
-    return [*lines, f"  drawn: {row['overlay']}"] if "overlay" in row else lines
+    told = {"overlay": "drawn", "not_drawn": "not drawn"}
+    return lines + [f"  {word}: {row[key]}" for key, word in told.items() if key in row]
