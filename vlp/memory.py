@@ -90,13 +90,13 @@ def _saved(forward: Callable[[int], object], count: int, modules: tuple[nn.Modul
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        own = {
-            mode.from_tensor(value).untyped_storage()._cdata
-            for module in modules
-            for value in (*module.parameters(), *module.buffers())
-        }
+        own = [value for module in modules for value in (*module.parameters(), *module.buffers())]
+        # some operations save a parameter itself, some its stand-in; held until the end, for a stand-in that is dropped
+        # is made anew, in another place, when its parameter is used again
+        own += [mode.from_tensor(value) for value in own]
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             results = forward(count)
         storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
         del results
-    return sum(size for place, size in storages.items() if place not in own)
+    known = {value.untyped_storage()._cdata for value in own}
+    return sum(size for place, size in storages.items() if place not in known)
