@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
+from data_pipelines import job, sources
 from data_pipelines.errors import BundleError, ConfigError, MissingField
 from data_pipelines.preprocess import ImageConfig
 from data_pipelines.records import Record
@@ -19,8 +21,8 @@ from data_pipelines.write import WriteOptions, write_shards
 from vlp import evals
 from vlp.bundle import Bundle
 from vlp.detection import maps
-from vlp.detection.infer import Detector
-from vlp.detection.model import PartsConfig, make_parts
+from vlp.detection.infer import Detector, Seen
+from vlp.detection.model import Levels, PartsConfig, make_parts
 from vlp.detection.scores import Found
 from vlp.evals import _coco
 from vlp.evals import detection as task
@@ -212,6 +214,51 @@ def test_a_detector_that_is_right_scores_one(shards: Path, monkeypatch: pytest.M
     steps = [(n + 1) / (2 * n + 1) for n in range(7)]
     points = [max(steps[max(0, int(np.ceil(at * 7 - 1e-9)) - 1) :]) for at in np.linspace(0, 1, 101)]
     assert found["AP_base"] == pytest.approx(np.mean(points), abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["keep_ratio", "center_crop", "border"])
+def test_boxes_of_a_coco_file_end_up_where_they_are_looked_for(
+    mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red rectangles on black; a detector that boxes what is red, in the model's own input, is right for all of them.
+
+    With center_crop a third of the width goes, and the box of the second picture with it.
+    """
+    boxes = [(30, 12, 22, 20), (0, 0, 9, 40), (24, 4, 20, 36), (20, 20, 40, 12)]
+    for number, (x, y, width, height) in enumerate(boxes):
+        pixels = np.zeros((60, 80, 3), np.uint8)
+        pixels[y : y + height, x : x + width, 0] = 255
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.png", "width": 80, "height": 60} for n in range(4)],
+        "annotations": [{"image_id": n, "category_id": 5, "bbox": box} for n, box in enumerate(boxes)],
+        "categories": [{"id": 5, "name": LABELS[0]}, {"id": 6, "name": LABELS[1]}],
+    }
+    (tmp_path / "instances_test.json").write_text(json.dumps(content))
+    source = sources.resolve(str(tmp_path / "instances_test.json"), images=tmp_path)
+    options = WriteOptions(image_size=48, resize_mode=mode)
+    job.shard(source, tmp_path / "s", options, overwrite=False, progress=False)
+
+    def look(self: Any, pixels_BCSS: Tensor, frozen: bool) -> Seen:
+        return Seen(Levels((pixels_BCSS,), pixels_BCSS, None), pixels_BCSS)
+
+    def find(self: Any, seen: Seen, labels: tuple[str, ...], options: Any) -> Found:
+        found = torch.zeros(len(seen.levels.embedding_BD), 1, 4)
+        for row, pixels_CSS in enumerate(seen.levels.embedding_BD):
+            rows, columns = torch.nonzero((pixels_CSS[0] > 127) & (pixels_CSS[1] < 127), as_tuple=True)
+            if len(rows):
+                found[row, 0] = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / 64
+        count = len(found)
+        return Found(found, torch.ones(count, 1), torch.zeros(count, 1).long(), found[:, :, 2] > 0, labels)
+
+    monkeypatch.setattr(Detector, "look", look)
+    monkeypatch.setattr(Detector, "find", find)
+    bundle = detector_bundle("finetune")
+    bundle.image = ImageConfig(size=64, resize="longest")
+    found = evals.evaluate(bundle, "detection", tmp_path / "s", {"measures": ["ap"]})
+    assert found["pictures"] == 4
+    assert found["boxes"] == (3 if mode == "center_crop" else 4)
+    assert found["AP75"] == pytest.approx(1.0)
 
 
 def test_regions_are_asked_where_the_boxes_are(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
