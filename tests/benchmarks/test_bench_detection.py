@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 import pytest
-from bench_detection import FULL, stages_of
+from bench_detection import FULL, Bench, stages_of
 from detection_rows import rows_of
-from stages import PLACE
+from measure_detect import ratio_of
+from stages import PLACE, Runner
 
 from vlp.cli import cli
 from vlp.recipe import load_recipe
@@ -129,3 +130,36 @@ def test_rows_come_from_the_seeds_that_are_known() -> None:
 def test_the_makefile_knows_the_bench() -> None:
     text = (Path(__file__).resolve().parents[2] / "Makefile").read_text()
     assert "tests/benchmarks/bench_detection.py" in text
+
+
+MICRO = Bench(
+    "micro",
+    "shard detection-starter --pictures pretrain=32,train=32,val=4,test=24 --side 128 --out {out}",
+    more="run.steps=2 run.loggers=[] data.batch_size=8 data.image.size=128 optim.warmup=1 run.threads=1",
+)
+
+
+def run_micro(folder: Path, monkeypatch: pytest.MonkeyPatch, without: tuple[str, ...]) -> tuple[Any, Runner]:
+    """Results of one seed at micro sizes, and its runner; stages whose names hold one of `without` are left out."""
+    monkeypatch.setattr("stages.cache_dir", lambda: folder)
+    stages = [stage for stage in stages_of(MICRO, 0) if not any(part in stage.name for part in without)]
+    runner = Runner("detection", stages, 2, folder / "record.json")
+    return runner.run(), runner
+
+
+def test_the_bench_runs_at_micro_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One seed of the convolutional arms, two steps each, from composed shards to rows and the time of detection."""
+    results, runner = run_micro(tmp_path, monkeypatch, ("fixed", "shifted"))
+    rows = rows_of("micro", 1, results)
+    assert len(rows) == 4
+    timed = ratio_of(runner.folder("micro/0/regions/tuned") / "run", side=128, rounds=2)
+    assert "a batch gives what pictures alone do: yes" in timed.note
+    assert 1.0 < float(timed.value.split()[0]) < 20
+    assert runner.open() == []
+
+
+@pytest.mark.slow
+def test_the_bench_runs_at_micro_size_with_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, _ = run_micro(tmp_path, monkeypatch, ("image", "longer", "regions"))
+    (row,) = rows_of("micro", 1, results)
+    assert "under a shift" in row.name
