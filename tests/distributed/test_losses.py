@@ -58,6 +58,10 @@ CASES += [
     },
     {"name": "detection_pretrain", "clip_weight": 0.5, **MICRO_OPTIONS["detection_pretrain"]},
 ]
+CASES += [
+    {"name": "dense_distill", **MICRO_OPTIONS["dense_distill"], **options}
+    for options in ({"region": "image"}, {"region": "none", "clip_weight": 0.5, "clip": {"mask": "labels"}})
+]
 STRONG: dict[str, Any] = {"name": "strong_baseline", "clip": {"mask": "captions"}, **MICRO_OPTIONS["strong_baseline"]}
 CASES += [{**STRONG, "ssl": ssl, "ssl_hidden": 12, "ssl_dim": 6} for ssl in ("simclr", "siamlip", "byolip", "barlip")]
 CASES += [{**STRONG, "ssl": "swalip", "smoothing": 0.0}]
