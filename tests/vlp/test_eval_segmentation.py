@@ -23,6 +23,7 @@ from vlp.evals._encode import Encoder
 from vlp.evals._labels import label_set
 from vlp.testing import micro_bundle
 
+BEHIND: dict[str, Any] = {"background": ["background"]}
 COLOURS = {"background": (20, 20, 20), "red thing": (220, 30, 30), "blue thing": (30, 30, 220)}
 
 
@@ -179,7 +180,7 @@ def seeing(monkeypatch: pytest.MonkeyPatch) -> Encoder:
 
 @pytest.mark.parametrize("truth", ["segments", "boxes", None])
 def test_a_model_that_sees_all_has_a_miou_of_one(truth: Any, seeing: Encoder, tmp_path: Path) -> None:
-    found = evals.evaluate(seeing, "segmentation", pictures(tmp_path / "d"), {"truth": truth})
+    found = evals.evaluate(seeing, "segmentation", pictures(tmp_path / "d"), {"truth": truth} | BEHIND)
     assert (found["miou"], found["miou_with_background"], found["accuracy"]) == (1.0, 1.0, 1.0)
     assert (found["pictures"], found["skipped"], found["places"]) == (5, 0, 5 * 64)
     assert {"iou/background", "iou/red thing", "iou/blue thing"} <= found.keys()
@@ -188,23 +189,23 @@ def test_a_model_that_sees_all_has_a_miou_of_one(truth: Any, seeing: Encoder, tm
 def test_labels_that_are_asked_for_alone(seeing: Encoder, tmp_path: Path) -> None:
     """Red and green: blue places do not count, green is nowhere; without a background the red quarter is all."""
     data, labels = pictures(tmp_path / "d"), ["red thing", "green thing"]
-    found = evals.evaluate(seeing, "segmentation", data, {"labels": labels})
+    found = evals.evaluate(seeing, "segmentation", data, {"labels": labels} | BEHIND)
     assert (found["miou"], found["classes"], found["places"]) == (1.0, 1, 5 * 32)
-    found = evals.evaluate(seeing, "segmentation", data, {"labels": labels, "background": []})
+    found = evals.evaluate(seeing, "segmentation", data, {"labels": labels})
     assert (found["miou"], found["places"]) == (1.0, 5 * 16)
     assert "iou/background" not in found
 
 
 def test_synonyms_are_one_class(seeing: Encoder, tmp_path: Path) -> None:
     labels = {"thing": ["red thing", "blue thing"]}
-    found = evals.evaluate(seeing, "segmentation", pictures(tmp_path / "d"), {"labels": labels})
+    found = evals.evaluate(seeing, "segmentation", pictures(tmp_path / "d"), {"labels": labels} | BEHIND)
     assert found["classes"] == 1
     assert 16 / 48 <= found["iou/thing"] < 0.5, "the first synonym's colour is the prototype here"
     assert found["places"] == 5 * 64
 
 
 def test_a_damaged_mask_is_counted(seeing: Encoder, tmp_path: Path) -> None:
-    found = evals.evaluate(seeing, "segmentation", pictures(tmp_path / "d", count=150, broken=True))
+    found = evals.evaluate(seeing, "segmentation", pictures(tmp_path / "d", count=150, broken=True), BEHIND)
     assert (found["pictures"], found["skipped"], found["miou"]) == (149, 1, 1.0)
 
 
@@ -216,8 +217,8 @@ def test_shards_without_truth_and_labels_called_background_are_refused(tmp_path:
     records = [Record(picture_bytes(), ("a",), "test", "0", boxes=((0.0, 0.0, 1.0, 1.0, "background"),))]
     write_shards(records, tmp_path / "e", WriteOptions(), kind="test", licences={}, progress=False)
     with pytest.raises(ConfigError, match="'background' is a label and a background text"):
-        evals.evaluate(seeing, "segmentation", tmp_path / "e")
-    assert evals.evaluate(seeing, "segmentation", tmp_path / "e", {"background": []})["classes"] == 1
+        evals.evaluate(seeing, "segmentation", tmp_path / "e", BEHIND)
+    assert evals.evaluate(seeing, "segmentation", tmp_path / "e")["classes"] == 1
 
 
 def picture_bytes() -> bytes:

@@ -26,7 +26,7 @@ from data_pipelines.shard_set import ShardSet, Train
 from data_pipelines.stream import Decoded, cut, decoded_blocks
 from vlp import distributed
 from vlp.detection.modality import Modality
-from vlp.detection.segment import BACKGROUND, Classes, classes_of, dense_embeddings, sized
+from vlp.detection.segment import Classes, classes_of, dense_embeddings, sized
 from vlp.evals._encode import Encoder, together
 from vlp.evals._labels import Labels, LabelSet, Templates, label_set
 from vlp.infer import BATCH, make_prompts
@@ -47,9 +47,9 @@ class Config(StrictModel):
     """Classes: a list, a file (one per line; json list; json {label: [synonyms]}); default those of the truth."""
     truth: Truth | None = None
     """segments: the column of masks. boxes: weaker. Default segments where the shards have them."""
-    background: tuple[str, ...] = (BACKGROUND,)
+    background: tuple[str, ...] = ()
     """Texts of what is no object: together one more class. None: every place is taken for an object, and those without
-    do not count."""
+    one do not count."""
     templates: Templates = ("{}",)
     """Prompts of the classes, as for zero-shot."""
     modality: Modality = "rgb"
