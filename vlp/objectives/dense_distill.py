@@ -78,7 +78,8 @@ class Config(StrictModel):
     weight: float = Field(1.0, ge=0)
     """Of both dense terms; 0 = off."""
     region: Literal["fused", "image", "none"] = "fused"
-    """L_st: with what the places of a region agree on, with the teacher's features, or without it."""
+    """L_st: with what the places of a region agree on, with the teacher's features, or without it. Features as long as
+    those of a trained tower put the first one's sigmoid at its end, where it teaches nothing: take image for these."""
     region_weight: float = Field(1.0, gt=0)
     region_side: int = Field(2, ge=2)
     """Places on a side of a region."""
