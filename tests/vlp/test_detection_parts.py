@@ -67,7 +67,7 @@ def test_a_box_goes_to_the_coarsest_level_that_still_shows_it() -> None:
 @pytest.mark.parametrize("residual", [False, True])
 def test_assigned_regions_are_those_of_their_levels(residual: bool) -> None:
     model, parts = small(residual=residual)
-    nn.init.normal_(parts.region.out.weight)
+    nn.init.normal_(parts.get_parameter("region.out.weight"))
     boxes = torch.cat([BOXES, BOXES.flip(1)])
     levels = parts.levels(maps_of(model), torch.randn(2, 3, 16, 16))
     every = torch.stack(parts.embed(levels, boxes))
@@ -191,3 +191,89 @@ def test_windows_are_refused_for_a_tower_without_tokens() -> None:
     model = instantiate({**MICRO, "vision_cfg": {"layers": [1, 1, 1, 1], "width": 16, "image_size": 64}})
     with pytest.raises(ConfigError, match="has no grid of tokens"):
         make_parts(PartsConfig(window=WindowConfig()), model, 16)
+
+
+CNNS = {"efficientnet": "test_efficientnet", "resnet": "test_resnet", "convnext": "test_convnext"}
+TAIL = PartsConfig(levels=(4, 5), width=8, roi_size=4, dense_convs=1, tail=True)
+
+
+def cnn(kind: str, size: int = 64) -> nn.Module:
+    torch.manual_seed(0)
+    vision = {"timm_model_name": CNNS[kind], "image_size": size, "timm_pool": "avg", "timm_proj": "linear"}
+    model = instantiate({**MICRO, "vision_cfg": vision})
+    for module in model.modules():  # what a trained tower has, and a fresh one does not
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)  # type: ignore[arg-type]
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", CNNS)
+def test_a_tail_sees_the_whole_picture_as_the_tower_does(kind: str) -> None:
+    """64 px: a map of 4 x 4, of which 4 x 4 bins with one sample each are the map itself; nothing is added at first."""
+    model = cnn(kind)
+    parts = make_parts(TAIL.model_copy(update={"roi_samples": 1}), model, 16).eval()
+    pixels = torch.randn(2, 3, 64, 64)
+    levels = parts.levels(maps_of(model), pixels)
+    whole = torch.tensor([[[0.0, 0.0, 1.0, 1.0]]]).expand(2, 1, 4)
+    expected = F.normalize(model.encode_image(pixels), dim=-1)  # type: ignore[operator]
+    for regions in (*parts.embed(levels, whole), parts.embed_assigned(levels, whole)):
+        torch.testing.assert_close(regions[:, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tail_learns_from_every_level_and_leaves_the_tower_alone() -> None:
+    model = cnn("efficientnet")
+    parts = make_parts(TAIL, model, 16).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    norms = {name: value.clone() for name, value in parts.named_buffers()}
+    optimizer = torch.optim.SGD(parts.parameters(), lr=0.1)
+    model.requires_grad_(False)
+    for _ in range(2):  # at first the convolutions that let the pyramid in are zero, and it gets no gradient
+        optimizer.zero_grad()
+        levels = parts.levels(maps_of(model), torch.randn(2, 3, 64, 64))
+        target = torch.randn(2, 3, 16)
+        sum((own * target).sum() for own in parts.embed(levels, BOXES.expand(2, -1, -1))).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    moved = {n for n, p in parts.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert {name.partition(".")[0] for name in moved} == {"pyramid", "enter", "region"}
+    assert any(name.startswith("pyramid.lateral.0") for name in moved)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, norms[name]) for name, value in parts.named_buffers()), "batch norms keep their means"
+
+
+def test_assigned_regions_of_a_tail_are_those_of_their_levels() -> None:
+    model = cnn("resnet")
+    parts = make_parts(TAIL.model_copy(update={"levels": (3, 4), "roi_size": 2}), model, 16).eval()
+    for added in parts.enter.parameters():
+        nn.init.normal_(added)
+    levels = parts.levels(maps_of(model), torch.randn(1, 3, 64, 64))
+    every = torch.stack(parts.embed(levels, BOXES))
+    own = assign(BOXES, levels.maps, 2)
+    assert own.unique().tolist() == [0, 1]
+    expected = every.gather(0, own[None, ..., None].expand(1, -1, -1, 16))[0]
+    torch.testing.assert_close(parts.embed_assigned(levels, BOXES), expected, rtol=1e-4, atol=1e-5)
+    assert parts.embed_assigned(levels, BOXES[:, :0]).shape == (1, 0, 16)
+
+
+def test_a_tail_travels_in_the_bundle(tmp_path: Path) -> None:
+    model = cnn("convnext")
+    parts = make_parts(TAIL, model, 16)
+    with torch.no_grad():
+        for value in parts.parameters():
+            value.add_(0.01)
+    bundle = micro_bundle()
+    bundle.model, bundle.parts = model, {NAME: parts}
+    vision = {"timm_model_name": CNNS["convnext"], "image_size": 64, "timm_pool": "avg", "timm_proj": "linear"}
+    vocabulary = {"vocab_size": MICRO["text_cfg"]["vocab_size"]}
+    bundle.model_cfg = {**MICRO, "vision_cfg": vision, "text_cfg": {**MICRO["text_cfg"], **vocabulary}}
+    found = load_parts(save_bundle(bundle, tmp_path / "bundle"), cnn("convnext"))
+    assert found.config == TAIL
+    assert all(torch.equal(found.state_dict()[name], value) for name, value in parts.state_dict().items())
+
+
+def test_a_tail_needs_a_cnn_and_options_without_effect_are_refused() -> None:
+    with pytest.raises(ConfigError, match="the last stage of the image tower VisionTransformer cannot be taken"):
+        make_parts(TAIL, instantiate(MICRO), 16)
+    for options in ({"convs": 1}, {"hidden": 7}, {"residual": True}):
+        with pytest.raises(ConfigError, match="has no effect with tail=true"):
+            PartsConfig.model_validate({"tail": True, **options})
+    assert PartsConfig.model_validate(json.loads(TAIL.model_dump_json())) == TAIL, "as saved, defaults written out"

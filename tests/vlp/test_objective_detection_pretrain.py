@@ -33,7 +33,7 @@ PARTS = MICRO_OPTIONS["detection_pretrain"]["parts"]
 SMALL = PartsConfig.model_validate(PARTS)
 
 
-def made(**options: Any) -> tuple[nn.Module, DetectionPretrain]:
+def made(**options: Any) -> tuple[Any, DetectionPretrain]:
     torch.manual_seed(0)
     model = instantiate(MICRO)
     objective = build(Config.model_validate({"boxes": 3, "parts": PARTS, **options}), DIMS)
@@ -189,7 +189,7 @@ def test_what_is_trained_and_what_is_handed_over() -> None:
     moved = {name for name, value in parts.named_parameters() if value.grad is not None}
     assert {name.partition(".")[0] for name in moved} == {"pyramid", "region"}
     assert all(value.requires_grad == (name in moved) for name, value in parts.named_parameters())
-    assert model.visual.conv1.weight.grad is not None  # type: ignore[union-attr]
+    assert model.visual.conv1.weight.grad is not None
 
 
 def test_a_run_goes_on_with_the_parts_of_its_weights(tmp_path: Path) -> None:

@@ -121,7 +121,9 @@ def test_gradients_flow_and_checkpointing_changes_nothing() -> None:
         model.set_grad_checkpointing(checkpointed)  # type: ignore[operator]
         torch.manual_seed(1)
         maps_of(model)(torch.randn(2, 3, 64, 64), config).levels[0].square().sum().backward()
-        grads.append({name: p.grad for name, p in model.visual.named_parameters() if p.grad is not None})
+        grads.append(
+            {name: p.grad for name, p in model.get_submodule("visual").named_parameters() if p.grad is not None}
+        )
     assert len(grads[0]) > 10
     for name, expected in grads[0].items():
         torch.testing.assert_close(grads[1][name], expected, rtol=1e-4, atol=1e-5)

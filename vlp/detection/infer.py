@@ -165,7 +165,7 @@ class Detector:
         own = normalise(pixels_BCSS.to(self.bundle.device), self.bundle.image)
         both, residual = frozen and self.shared, parts.config.residual
         maps = maps_of(self.bundle.model)(own, window, dense=both or residual)
-        levels = Levels(parts.pyramid(maps.levels), maps.embedding_BD, maps.dense_BDHW if residual else None)
+        levels = parts.levels_of(maps)
         if both or not frozen:
             return Seen(levels, maps.dense_BDHW if frozen else None)
         theirs = normalise(_seen_by(self.frozen, pixels_BCSS).to(self.frozen.device), self.frozen.image)

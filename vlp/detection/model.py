@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from vlp.detection.heads import DenseHead, RegionHead
 from vlp.detection.maps import Maps, MapTower, maps_of
 from vlp.detection.pyramid import Pyramid
 from vlp.detection.roi import roi_align, roi_mean
+from vlp.detection.tail import Tail
 from vlp.detection.window import WindowConfig
 from vlp.models.folders import find_bundle, read_json
 
@@ -58,8 +59,18 @@ class PartsConfig(StrictModel):
     """Convolutions of the dense head."""
     residual: bool = False
     """The region head adds to the tower's own features of the region in the shared space; at first it adds nothing."""
+    tail: bool = False
+    """The region head is a copy of a CNN's own last stage, pool and projection, on regions of its last map but one;
+    each level of the pyramid adds to its input what a convolution makes of it, at first nothing."""
     window: WindowConfig | None = None
     """Attention in windows and shifted-window learning, in ViTs; none: the tower as it is."""
+
+    @model_validator(mode="after")
+    def _every_option_has_an_effect(self) -> "PartsConfig":
+        for name in ("convs", "hidden", "residual") if self.tail else ():
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ConfigError(f"{name}={value} has no effect with tail=true, which takes the tower's own layers")
+        return self
 
 
 class DetectionInfo(StrictModel):
@@ -91,36 +102,54 @@ class Levels:
     """Of the whole pictures, not normalised."""
     dense_BDHW: Tensor | None
     """The tower's own features in the shared space; where `residual` asks for them."""
+    stage_BCHW: Tensor | None = None
+    """The tower's map that `tail` cuts regions from."""
 
 
 class DetectionParts(nn.Module):
     """Pyramid and heads for one image tower, which it does not hold."""
 
-    def __init__(self, config: PartsConfig, channels: Sequence[int], strides: Sequence[int], embed: int) -> None:
-        """`channels`, `strides`: of the tower's maps. `embed`: D. Raises ConfigError for levels that cannot be made."""
+    def __init__(
+        self, config: PartsConfig, channels: Sequence[int], strides: Sequence[int], embed: int, tail: Tail | None = None
+    ) -> None:
+        """`channels`, `strides`: of the tower's maps. `embed`: D. `tail`: where the config asks for it.
+
+        Raises ConfigError for levels that cannot be made.
+        """
         super().__init__()
         self.config = config
         self.info = DetectionInfo(config=config, channels=tuple(channels), strides=tuple(strides), embed=embed)
         self.pyramid = Pyramid(channels, strides, config.width, config.levels)
-        self.region = RegionHead(config.width, config.roi_size, embed, config.convs, config.hidden)
+        self.region = tail or RegionHead(config.width, config.roi_size, embed, config.convs, config.hidden)
+        inputs = [tail.channels] * len(config.levels) if tail is not None else []
+        self.enter = nn.ModuleList(nn.Conv2d(config.width, channels, 1, bias=False) for channels in inputs)
+        """What the pyramid adds to the map that a tail cuts regions from."""
         self.dense = DenseHead(config.width, config.dense_convs, len(config.levels))
         self.background_D = nn.Parameter(F.normalize(torch.randn(embed), dim=0))
         """What a region is compared with that holds no object."""
         self.log_scale = nn.Parameter(torch.tensor(math.log(SCALE)))
         """Logarithm of the classifier's scale."""
-        if config.residual:
+        for added in self.enter.parameters():
+            nn.init.zeros_(added)
+        if config.residual and isinstance(self.region, RegionHead):
             nn.init.zeros_(self.region.out.weight)
             nn.init.zeros_(self.region.out.bias)
 
     def levels(self, tower: MapTower, pixels_BCHW: Tensor) -> Levels:
         """The tower and the pyramid on normalised pictures."""
-        found: Maps = tower(pixels_BCHW, self.config.window, dense=self.config.residual)
-        return Levels(self.pyramid(found.levels), found.embedding_BD, found.dense_BDHW)
+        return self.levels_of(tower(pixels_BCHW, self.config.window, dense=self.config.residual))
+
+    def levels_of(self, maps: Maps) -> Levels:
+        """The pyramid on a pass of the tower, which gave dense features if `residual` asks for them."""
+        dense_BDHW = maps.dense_BDHW if self.config.residual else None
+        stage_BCHW = maps.levels[self.region.source] if isinstance(self.region, Tail) else None
+        return Levels(self.pyramid(maps.levels), maps.embedding_BD, dense_BDHW, stage_BCHW)
 
     def embed(self, levels: Levels, boxes_BM4: Tensor) -> list[Tensor]:
         """Every region as seen on every level, finest first: BMD each, normalised, float32."""
-        base_BMD = self._base(levels, boxes_BM4)
-        return [self._region(map_BCHW, boxes_BM4, base_BMD) for map_BCHW in levels.maps]
+        base_BMD, stage_rois = self._base(levels, boxes_BM4), self._stage_rois(levels, boxes_BM4)
+        maps = self._entering(levels)
+        return [self._finish(self._cut(map_BCHW, boxes_BM4), stage_rois, base_BMD) for map_BCHW in maps]
 
     def embed_mean(self, levels: Levels, boxes_BM4: Tensor) -> Tensor:
         """BMD, normalised: the mean over all levels, each of which pretraining teaches alike."""
@@ -128,35 +157,49 @@ class DetectionParts(nn.Module):
 
     def embed_assigned(self, levels: Levels, boxes_BM4: Tensor) -> Tensor:
         """BMD, normalised: each region from the one level of `assign`; on other levels it costs nothing."""
-        base_BMD = self._base(levels, boxes_BM4)
-        first_BM = assign(boxes_BM4, levels.maps, self.config.roi_size)
-        rois = boxes_BM4.new_zeros(
-            *boxes_BM4.shape[:2], self.config.width, self.config.roi_size, self.config.roi_size
-        ).to(levels.maps[0].dtype)
-        for number, map_BCHW in enumerate(levels.maps):
+        base_BMD, stage_rois = self._base(levels, boxes_BM4), self._stage_rois(levels, boxes_BM4)
+        maps = self._entering(levels)
+        first_BM = assign(boxes_BM4, maps, self.config.roi_size)
+        rois = maps[0].new_zeros(*boxes_BM4.shape[:2], maps[0].shape[1], self.config.roi_size, self.config.roi_size)
+        for number, map_BCHW in enumerate(maps):
             here_BM = first_BM == number
             most = int(here_BM.sum(dim=1).max()) if here_BM.numel() else 0
             if not most:
                 continue
             # those of this level first, so that only as many columns are cut out as one picture has at most
             order_BK = here_BM.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-            chosen_BK4 = boxes_BM4.gather(1, order_BK[..., None].expand(-1, -1, 4))
-            cut = roi_align(map_BCHW, chosen_BK4, self.config.roi_size, self.config.roi_samples)
+            cut = self._cut(map_BCHW, boxes_BM4.gather(1, order_BK[..., None].expand(-1, -1, 4)))
             image_R, column_R = here_BM.gather(1, order_BK).nonzero(as_tuple=True)
             rois = rois.index_put((image_R, order_BK[image_R, column_R]), cut[image_R, column_R].to(rois.dtype))
-        return self._finish(self.region(rois), base_BMD)
+        return self._finish(rois, stage_rois, base_BMD)
 
-    def _region(self, map_BCHW: Tensor, boxes_BM4: Tensor, base_BMD: Tensor | None) -> Tensor:
-        cut = roi_align(map_BCHW, boxes_BM4, self.config.roi_size, self.config.roi_samples)
-        return self._finish(self.region(cut), base_BMD)
+    def _cut(self, map_BCHW: Tensor, boxes_BM4: Tensor) -> Tensor:
+        return roi_align(map_BCHW, boxes_BM4, self.config.roi_size, self.config.roi_samples)
+
+    def _entering(self, levels: Levels) -> tuple[Tensor, ...]:
+        """Maps that regions are cut from, BCHW: the pyramid's, for a tail with its channels.
+
+        A convolution of single places and RoIAlign may change places, and there are fewer places than bins.
+        """
+        if not len(self.enter):
+            return levels.maps
+        return tuple(enter(map_BCHW) for enter, map_BCHW in zip(self.enter, levels.maps, strict=True))
+
+    def _stage_rois(self, levels: Levels, boxes_BM4: Tensor) -> Tensor | None:
+        return None if levels.stage_BCHW is None else self._cut(levels.stage_BCHW, boxes_BM4)
 
     def _base(self, levels: Levels, boxes_BM4: Tensor) -> Tensor | None:
         if levels.dense_BDHW is None:
             return None
         return F.normalize(roi_mean(levels.dense_BDHW.float(), boxes_BM4, ROI_BASE), dim=-1)
 
-    def _finish(self, found_BMD: Tensor, base_BMD: Tensor | None) -> Tensor:
-        found_BMD = found_BMD.float()
+    def _finish(self, rois_BMCSS: Tensor, stage_rois: Tensor | None, base_BMD: Tensor | None) -> Tensor:
+        """BMD of what was cut out of the levels, and of the tower's map."""
+        rois_BMCSS = rois_BMCSS if stage_rois is None else rois_BMCSS + stage_rois
+        if isinstance(self.region, Tail):
+            found_BMD = self.region(rois_BMCSS.flatten(0, 1)).unflatten(0, rois_BMCSS.shape[:2]).float()
+        else:
+            found_BMD = self.region(rois_BMCSS).float()
         return F.normalize(found_BMD if base_BMD is None else base_BMD + found_BMD, dim=-1)
 
     def save(self, folder: Path) -> None:
@@ -185,7 +228,7 @@ def make_parts(config: PartsConfig, model: nn.Module, embed: int) -> DetectionPa
             f"window={config.window.model_dump()}: the image tower has no grid of tokens; leave window out, or set "
             "model.name to an open_clip ViT or a timm VisionTransformer"
         )
-    return DetectionParts(config, tower.channels, tower.strides, embed)
+    return DetectionParts(config, tower.channels, tower.strides, embed, Tail(model) if config.tail else None)
 
 
 def has_parts(path: Path | str) -> bool:
@@ -212,7 +255,8 @@ def load_parts(path: Path | str, model: nn.Module) -> DetectionParts:
     if weights.is_file() and sha256_file(weights) != info.weights_sha256:
         raise BundleError(f"{weights}: sha256 differs from the one in {INFO}; it is damaged or was exchanged")
     with torch.random.fork_rng(devices=[]):
-        parts = DetectionParts(info.config, info.channels, info.strides, info.embed)
+        tail = Tail(model) if info.config.tail else None
+        parts = DetectionParts(info.config, info.channels, info.strides, info.embed, tail)
     try:
         parts.load_state_dict(load_file(weights), strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -25,7 +25,7 @@ def roi_align(map_BCHW: Tensor, boxes_BM4: Tensor, size: int = 7, samples: int =
         return _by_samples(map_BCHW, boxes_BM4, size, samples)
     rows_BMSH, columns_BMSW = _both_weights(map_BCHW, boxes_BM4, size, samples)
     weights_BMSSP = (rows_BMSH[:, :, :, None, :, None] * columns_BMSW[:, :, None, :, None, :]).flatten(4)
-    found = _apply(weights_BMSSP.flatten(1, 3), map_BCHW).unflatten(1, weights_BMSSP.shape[1:4])
+    found: Tensor = _apply(weights_BMSSP.flatten(1, 3), map_BCHW).unflatten(1, weights_BMSSP.shape[1:4])
     return found.permute(0, 1, 4, 2, 3)
 
 
@@ -55,8 +55,9 @@ def _weights(start_BM: Tensor, end_BM: Tensor, length: int, size: int, samples: 
     inside_BMN = (points_BMN >= -1) & (points_BMN <= length)
     places = torch.arange(length, device=start_BM.device)
     distance = (points_BMN.clamp(0, length - 1)[..., None] - places).abs()
-    weights: Tensor = (1 - distance).clamp(min=0) * inside_BMN[..., None]
-    return weights.unflatten(2, (size, samples)).mean(3)
+    weights = (1 - distance).clamp(min=0) * inside_BMN[..., None]
+    binned_BMSL: Tensor = weights.unflatten(2, (size, samples)).mean(3)
+    return binned_BMSL
 
 
 def _points(start_BM: Tensor, end_BM: Tensor, count: int) -> Tensor:
@@ -76,5 +77,5 @@ def _by_samples(map_BCHW: Tensor, boxes_BM4: Tensor, size: int, samples: int) ->
     margin_x, margin_y = 0.5 / width, 0.5 / height  # from half a place beyond the map on there is nothing
     inside = (x_BMN >= -margin_x) & (x_BMN <= 1 + margin_x) & (y_BMN >= -margin_y) & (y_BMN <= 1 + margin_y)
     read = read * inside.flatten(1, 2)[:, None]
-    pooled = F.avg_pool2d(read, samples).unflatten(2, (boxes_BM4.shape[1], size))
+    pooled: Tensor = F.avg_pool2d(read, samples).unflatten(2, (boxes_BM4.shape[1], size))
     return pooled.transpose(1, 2).to(map_BCHW.dtype)

@@ -38,7 +38,7 @@ class WindowConfig(StrictModel):
 
     @model_validator(mode="after")
     def _every_option_has_an_effect(self) -> "WindowConfig":
-        if self.windows == 1 and "global_layers" in self.model_fields_set:
+        if self.windows == 1 and self.global_layers != type(self).model_fields["global_layers"].default:
             raise ConfigError(f"global_layers={self.global_layers} has no effect with windows=1: leave it out")
         if self.windows == 1 and self.shift:
             raise ConfigError("shift=true shifts windows, and windows=1 has none: set windows to 2 or more")
@@ -97,7 +97,7 @@ def _timm(trunk: Any) -> Vit:
         if tokens.ndim == 4:  # towers of any picture size keep the grid
             return tokens
         rows, columns = trunk.patch_embed.dynamic_feat_size(pixels_BCHW.shape[-2:])
-        return tokens.unflatten(1, (rows, columns))
+        return tokens.view(len(tokens), rows, columns, -1)
 
     def start(grid_BHWD: Tensor) -> Tensor:
         grid = grid_BHWD if trunk.dynamic_img_size else grid_BHWD.flatten(1, 2)
