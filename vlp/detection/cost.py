@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from vlp.detection.maps import maps_of
 from vlp.detection.model import DetectionParts
-from vlp.detection.roi import roi_align
 from vlp.flops import TRAINED, count
 
 
@@ -43,8 +42,7 @@ def region_pass(model: nn.Module, parts: DetectionParts, pixels_BCHW: Tensor, bo
 
 
 def detector_pass(model: nn.Module, parts: DetectionParts, pixels_BCHW: Tensor, boxes: int) -> list[object]:
-    """Tower, pyramid, dense head, and the region head on one level, with so many boxes per picture."""
-    boxes_BM4 = pixels_BCHW.new_zeros(len(pixels_BCHW), boxes, 4)
+    """Tower, pyramid, dense head, and the region head with so many boxes per picture, spread over the levels evenly."""
     levels = parts.levels(maps_of(model), pixels_BCHW)
-    cut_BMCSS = roi_align(levels.maps[0], boxes_BM4, parts.config.roi_size, parts.config.roi_samples)
-    return [*parts.dense(levels.maps), parts.region(cut_BMCSS)]
+    each = -(-boxes // len(levels.maps))
+    return [*parts.dense(levels.maps), *parts.embed(levels, pixels_BCHW.new_zeros(len(pixels_BCHW), each, 4))]
