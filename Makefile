@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test bench-data prove-data bench-train prove-train bench-backdoor prove-trust claims format clean
+.PHONY: help setup demo test bench-data prove-data bench-train prove-train bench-backdoor bench-detection prove-trust claims format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,7 +21,7 @@ step = @printf '\n== %s\n' '$(1)'; began=$$SECONDS; $(2); printf -- '-- %s: %d s
 
 CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version.split()[0]; print("Python", v); \
 	sys.exit(0 if (3, 10) <= sys.version_info < (3, 14) else "needs Python 3.10 to 3.13: make setup PYTHON=python3.12")'
-INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --editable '.[serve,onnx,scan,dev]'
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --editable '.[serve,onnx,scan,detect,dev]'
 
 help:  ## list the targets (default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -73,6 +73,9 @@ claims: setup  ## every claim with three seeds, and both tables of the README (a
 
 prove-train: setup  ## the slow proofs of the trainer: kills, signals, damage, all towers (about 30 minutes; ONLY=a_name)
 	$(call step,proofs,$(BIN)/python tests/benchmarks/prove.py train --only "$(ONLY)")
+
+bench-detection: setup  ## detection-oriented pretraining and open-vocabulary detection, three seeds (about three hours; goes on)
+	$(call step,detection,$(BIN)/python tests/benchmarks/bench_detection.py)
 
 bench-backdoor: setup  ## attacks and defences, six triggers with three seeds (about four hours; goes on where it stopped)
 	$(call step,backdoors,$(BIN)/python tests/benchmarks/bench_backdoor.py)

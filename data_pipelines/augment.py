@@ -94,9 +94,24 @@ def augment(
 
     `side`: smaller height and width of the result; taken first, so that small pictures cost little.
     """
+    return traced(pixels_BCHW, config, generator, total, rows, side)[0]
+
+
+def traced(
+    pixels_BCHW: Tensor,
+    config: AugmentConfig,
+    generator: np.random.Generator,
+    total: int,
+    rows: Sequence[int],
+    side: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """As `augment`, and where pixels moved to: B23 matrices from places of the result to places of the input.
+
+    Places are from -1 to 1 (the outer edges) across and down; None: nothing moved.
+    """
     side = side or pixels_BCHW.shape[-1]
     if not (config.geometric or config.colour or config.erase or config.blur) and side == pixels_BCHW.shape[-1]:
-        return pixels_BCHW
+        return pixels_BCHW, None
     draws = torch.from_numpy(generator.random((total, COLUMNS), dtype=np.float32)[list(rows)])
     more = torch.empty(len(draws), MORE)
     if config.crop or config.blur:
@@ -105,8 +120,10 @@ def augment(
         pixels_BCHW = F.interpolate(pixels_BCHW, (side, side), mode="bilinear", antialias=True)
     # distance from the ground colour: whatever lies outside the picture is then zero
     picture = config.ground - pixels_BCHW.float()
+    matrix_B23 = None
     if config.geometric:
-        picture = _affine(picture, config, draws[:, :7], _window(config.crop, more[:, :4]))
+        matrix_B23 = _matrix(config, draws[:, :7], _window(config.crop, more[:, :4]))
+        picture = _affine(picture, matrix_B23)
     if config.colour:
         picture = _colour(picture, config, draws[:, 7:12])
     if config.blur:
@@ -114,7 +131,8 @@ def augment(
     if config.erase:
         picture = picture * _kept(draws[:, 12:16], config.erase, picture.shape[-2:])
     result = config.ground - picture
-    return result if pixels_BCHW.is_floating_point() else result.round_().clamp_(0, 255).to(torch.uint8)
+    result = result if pixels_BCHW.is_floating_point() else result.round_().clamp_(0, 255).to(torch.uint8)
+    return result, matrix_B23
 
 
 def _window(crop: float, draws: Tensor) -> Tensor:
@@ -127,7 +145,8 @@ def _window(crop: float, draws: Tensor) -> Tensor:
     return torch.cat([sides, (2 * draws[:, 2:] - 1) * (1 - sides)], dim=1)
 
 
-def _affine(picture_BCHW: Tensor, config: AugmentConfig, draws: Tensor, window: Tensor) -> Tensor:
+def _matrix(config: AugmentConfig, draws: Tensor, window: Tensor) -> Tensor:
+    """B23, see `traced`."""
     signed = draws * 2 - 1
     angle = signed[:, 1] * math.radians(config.rotate)
     zoom = torch.exp(-signed[:, 2] * config.scale)
@@ -144,6 +163,10 @@ def _affine(picture_BCHW: Tensor, config: AugmentConfig, draws: Tensor, window: 
     if config.crop:  # first the window out of the picture, then the rest of the transform
         moved = matrix[:, :, :2] @ window[:, 2:, None] + matrix[:, :, 2:]
         matrix = torch.cat([matrix[:, :, :2] * window[:, None, :2], moved], dim=2)
+    return matrix
+
+
+def _affine(picture_BCHW: Tensor, matrix: Tensor) -> Tensor:
     # F.affine_grid would do, at three times the cost
     height, width = picture_BCHW.shape[-2:]
     y, x = (torch.linspace(1 / n - 1, 1 - 1 / n, n) for n in (height, width))

@@ -11,6 +11,12 @@ from torch import Tensor
 
 from data_pipelines.errors import MissingField
 
+PROVIDED_BY = {
+    "label_ids": "data.labels", "multi_labels": "data.labels.multi=true", "cluster_ids": "data.clusters",
+    "boxes": "data.boxes", "box_mask": "data.boxes", "box_labels": "data.boxes.labels", "weight": "data.weights",
+}  # fmt: skip
+"""Field -> the option of a recipe that provides it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -40,8 +46,8 @@ class Batch:
     """BM4 float32, xyxy as fractions 0..1."""
     box_mask: Tensor | None = None
     """BM bool, True where a box is real."""
-    region_tokens: Tensor | None = None
-    """BML int64, one text per box."""
+    box_labels: Tensor | None = None
+    """BM int64 number of a box's label, -1 = none of those that are numbered."""
     weight: Tensor | None = None
     """B float32 sample weights."""
     source_ids: Tensor | None = None
@@ -74,7 +80,9 @@ class Batch:
         """The named tensor, or MissingField saying who needs it."""
         value = getattr(self, field)
         if not isinstance(value, Tensor):
-            raise MissingField(f"{by} needs the batch field {field!r}, which this data does not provide")
+            option = PROVIDED_BY.get(field)
+            advice = f": set {option}" if option else ""
+            raise MissingField(f"{by} needs the batch field {field!r}, which this data does not provide{advice}")
         return value
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":

@@ -17,7 +17,10 @@ def data() -> None:
 
 
 @data.command()
-@click.argument("name", type=click.Choice(["starter", "emoji", "clipart", "fashion-mnist", "tuxpaint", "towers"]))
+@click.argument(
+    "name",
+    type=click.Choice(["starter", "emoji", "clipart", "fashion-mnist", "tuxpaint", "detection-starter", "towers"]),
+)
 @click.option("--dir", "folder", type=click.Path(path_type=Path), help="Folder of the packages.  [default: user cache]")
 @console.json_option
 def fetch(name: str, folder: Path | None, as_json: bool) -> None:

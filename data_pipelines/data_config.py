@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from data_pipelines.augment import AugmentConfig
+from data_pipelines.boxes import BoxConfig
 from data_pipelines.captions import CaptionConfig
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import ConfigError
@@ -33,6 +34,8 @@ class DataConfig(StrictModel):
     """Fills the batch fields `label_ids` and `multi_labels`."""
     clusters: Path | None = None
     """Parquet of `vlp curate` with columns `key` and `cluster_ids`, for the batch field `cluster_ids`."""
+    boxes: BoxConfig | None = None
+    """Fills the batch fields `boxes`, `box_mask` and `box_labels`."""
     sampler: SamplerConfig | None = None
     """Which samples share a batch; default: whichever the order brings together."""
     batch_size: int = 256

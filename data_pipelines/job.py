@@ -151,7 +151,9 @@ def code_digest() -> str:
     """sha256 over the modules that decide what lands in a shard; a changed reader must not pass for the old one."""
     here = Path(__file__).parent
     deciding = ("images.py", "pictures.py", "resize.py", "rows.py", "shard_files.py", "shards.py")
-    paths = [*sorted((here / "sources").glob("*.py")), *(here / name for name in deciding)]
+    folders = ("compose", "sources")
+    paths = [path for name in folders for path in sorted((here / name).glob("*.py"))]
+    paths += (here / name for name in deciding)
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
 
 

@@ -36,7 +36,7 @@ class LabelConfig(StrictModel):
     @cached_property
     def numbers(self) -> dict[str, int]:
         """Name -> class number. Raises ConfigError."""
-        names = _read(self.names) if isinstance(self.names, Path) else self.names
+        names = read_names(self.names, "data.labels.names") if isinstance(self.names, Path) else self.names
         if names is None:
             names = () if self.table is None else self.table.texts
         numbers = dict(names) if isinstance(names, dict) else {name: number for number, name in enumerate(names)}
@@ -60,17 +60,18 @@ class LabelConfig(StrictModel):
         return max(self.numbers.values()) + 1
 
 
-def _read(path: Path) -> list[str] | dict[str, int]:
+def read_names(path: Path, setting: str) -> list[str] | dict[str, int]:
+    """Names of classes from a file: one per line, or a json list or {name: number}. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line]
     except (OSError, ValueError) as error:
-        raise ConfigError(f"data.labels.names: {path} cannot be read ({error})") from error
+        raise ConfigError(f"{setting}: {path} cannot be read ({error})") from error
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
         return content
     if isinstance(content, dict) and all(type(number) is int and number >= 0 for number in content.values()):
         return content
-    raise ConfigError(f"data.labels.names: {path} holds neither a list of names nor {{name: number}}")
+    raise ConfigError(f"{setting}: {path} holds neither a list of names nor {{name: number}}")
 
 
 def class_numbers(sample: Decoded, config: LabelConfig) -> list[int]:

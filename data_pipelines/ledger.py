@@ -37,6 +37,8 @@ class Ledger:
     quarantined: Counter[str] = field(default_factory=Counter)
     substituted: int = 0
     """Extra samples that took the place of quarantined ones, so that batches stay full; not part of `seen`."""
+    boxes: Counter[str] = field(default_factory=Counter)
+    """Boxes of the delivered samples: `given`, and those left out, by reason."""
     shards: dict[tuple[int, str], Counter[str]] = field(default_factory=dict)
     """(epoch, shard) -> delivered and reasons."""
     records: dict[tuple[str, int], Quarantined] = field(default_factory=dict)
@@ -90,7 +92,7 @@ class Ledger:
             "samples": [
                 asdict(item.place) | {"reason": item.reason, "detail": item.detail} for item in self.records.values()
             ],
-        }
+        } | ({"boxes": dict(self.boxes)} if self.boxes else {})
 
     def add(self, report: Mapping[str, Any]) -> None:
         """Take over another ledger's account: that of an earlier part of the run, or of another rank."""
@@ -98,6 +100,7 @@ class Ledger:
         self.delivered += report["trained"]
         self.substituted += report["substituted"]
         self.quarantined.update(report["quarantined"])
+        self.boxes.update(report.get("boxes", {}))
         for row in report["epochs"]:
             counts = self.shards.setdefault((row["epoch"], row["shard"]), Counter())
             counts.update({"delivered": row["trained"]} | row["quarantined"])

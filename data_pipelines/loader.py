@@ -1,6 +1,7 @@
 """make_loader(cfg): an endless iterator of training batches whose position is one integer."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from data_pipelines.ahead import ahead
-from data_pipelines.augment import augment
+from data_pipelines.augment import traced
 from data_pipelines.batch import Batch
+from data_pipelines.boxes import ENOUGH, box_fields
 from data_pipelines.captions import pad_ids
 from data_pipelines.data_config import FREE
 from data_pipelines.data_config import DataConfig as DataConfig
@@ -110,6 +112,8 @@ class Loader:
         self._columns = frozenset({*config.captions.columns, *stored})
         self._drawn: dict[int, list[tuple[int, BadSample | None]]] = {}
         """Step -> (sample id, why it cannot be used), until the step is settled."""
+        self._boxes: dict[int, Counter[str]] = {}
+        """Step -> what became of its boxes, until the step is settled."""
         self._cache: dict[tuple[int, int], Decoded] = {}
         self._cached_bytes = 0
 
@@ -122,6 +126,11 @@ class Loader:
     def clusters(self) -> int:
         """Clusters or entities that `cluster_ids` number; 0 without."""
         return self._clusters.clusters if self._clusters else 0
+
+    @property
+    def box_names(self) -> tuple[str, ...]:
+        """Classes that `box_labels` number; empty without data.boxes.labels."""
+        return self.config.boxes.names if self.config.boxes else ()
 
     def _sampler(self) -> Sampler | None:
         choice, labels = self.config.sampler, self.config.labels
@@ -166,6 +175,8 @@ class Loader:
             settings["labels"]["names"] = hashlib.sha256(
                 repr(sorted(config.labels.numbers.items())).encode()
             ).hexdigest()
+        if config.boxes:
+            settings["boxes"]["labels"] = hashlib.sha256(repr(config.boxes.names).encode()).hexdigest()
         return settings
 
     def __iter__(self) -> Iterator[Batch]:
@@ -192,6 +203,12 @@ class Loader:
             else:
                 self.ledger.bad(error, self.shards.place(sample_id), epoch)
                 self.ledger.substituted += 1
+        self.ledger.boxes.update(self._boxes.pop(step, {}))
+        if self.config.boxes and not self.ledger.boxes["given"] and self.ledger.seen >= min(ENOUGH, self.plan.samples):
+            raise PipelineError(
+                f"data.boxes: {self.ledger.seen} samples of {self.config.train} carry not one box: shard data with "
+                "boxes (COCO annotations, a column of boxes), or leave data.boxes out"
+            )
 
     def _announced(self, steps: Iterable[int], fetchers: ThreadPoolExecutor) -> Iterator[int]:
         """The steps, each after its remote shards and those of the next `read_ahead` steps were ordered."""
@@ -212,26 +229,33 @@ class Loader:
         """This rank's part of global step `step`; `settle` accounts for it."""
         drawn = self.draw(step, pool)
         plain = torch.stack([sample.pixels for sample in drawn.samples])
-        views = [
-            augment(
-                plain,
-                self.config.strong if view and self.config.strong else self.config.augment,
-                self.plan.generator(step, PICTURES + FURTHER * view),
-                total=self.config.batch_size,
-                rows=drawn.rows,
-                side=self.side_at(step),
-            )
-            for view in range(self.config.views)
-        ]
+        views, moves = zip(
+            *(self._view(step, view, plain, drawn.rows) for view in range(self.config.views)), strict=True
+        )
+        boxes: dict[str, Tensor] = {}
+        if self.config.boxes:
+            boxes, self._boxes[step] = box_fields(drawn.samples, self.config.boxes, moves[0], views[0].shape[-1])
         return Batch(
             keys=tuple(sample.key for sample in drawn.samples),
             pixels=views[0],
             tokens=self.tokenizer(drawn.texts),
-            views=tuple(views[1:]) or None,
+            views=views[1:] or None,
             extra_tokens=tuple(self.tokenizer(texts) for texts in drawn.extra_texts) or None,
             phrase_ids=drawn.known,
             text_phrase_ids=drawn.chosen,
             **self.fields(drawn),
+            **boxes,
+        )
+
+    def _view(self, step: int, view: int, plain_BCHW: Tensor, rows: range) -> tuple[Tensor, Tensor | None]:
+        """One augmented view, and where its pixels moved."""
+        return traced(
+            plain_BCHW,
+            self.config.strong if view and self.config.strong else self.config.augment,
+            self.plan.generator(step, PICTURES + FURTHER * view),
+            total=self.config.batch_size,
+            rows=rows,
+            side=self.side_at(step),
         )
 
     def fields(self, drawn: Drawn) -> dict[str, Any]:
@@ -302,7 +326,13 @@ class Loader:
         if cached is not None:
             return cached
         try:
-            sample = decode(self.shards.read(sample_id), self.config.image, self.config.max_pixels, self._columns)
+            sample = decode(
+                self.shards.read(sample_id),
+                self.config.image,
+                self.config.max_pixels,
+                self._columns,
+                boxes=self.config.boxes is not None,
+            )
         except BadSample as error:
             return error
         if self._labels is not None:

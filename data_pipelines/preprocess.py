@@ -21,6 +21,7 @@ from torch import Tensor
 from data_pipelines.arrays import is_array, open_array
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import BadSample, ConfigError
+from data_pipelines.geometry import margin, resized
 from data_pipelines.images import (
     MAX_PIXELS,
     check_size,
@@ -139,7 +140,7 @@ def _decode_jpeg(data: bytes, config: ImageConfig, max_pixels: int) -> tuple[NDA
     in_print = colours in ("CMYK", "YCCK")
     shrink = 1
     if config.scaled_decode:
-        shrink = halvings((height, width), _resized(height, width, config))
+        shrink = halvings((height, width), resized(height, width, config))
     try:
         pixels = simplejpeg.decode_jpeg(
             data, "CMYK" if in_print else "RGB", min_height=-(-height // shrink), min_width=-(-width // shrink)
@@ -150,20 +151,9 @@ def _decode_jpeg(data: bytes, config: ImageConfig, max_pixels: int) -> tuple[NDA
     return None if in_print else (pixels, (height, width))
 
 
-def _resized(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
-    """Height and width that a picture of this size gets before the crop."""
-    target = config.size
-    if config.resize == "squash":
-        return target, target
-    side = min(height, width) if config.resize == "shortest" else max(height, width)
-    # torchvision truncates the long side of `shortest`; open_clip rounds both sides of `longest`
-    rounding = int if config.resize == "shortest" else round
-    return max(1, rounding(target * height / side)), max(1, rounding(target * width / side))
-
-
 def fit(image_CHW: Tensor, full_size: tuple[int, int], config: ImageConfig) -> Tensor:
     """Resize and crop or pad a CHW picture, whose full height and width decide the shape, to C x size x size."""
-    wanted = _resized(*full_size, config)
+    wanted = resized(*full_size, config)
     if wanted != image_CHW.shape[1:]:
         # The operator below F.interpolate, because that takes a size or a scale, not both: half of 641 pixels arrives
         # as 321, and stretching these over the place of 320.5 would cost 10 dB.
@@ -180,14 +170,15 @@ def fit(image_CHW: Tensor, full_size: tuple[int, int], config: ImageConfig) -> T
 
 
 def _centre(image_CHW: Tensor, target: int, ground: int) -> Tensor:
-    """Centre crop or pad to target x target, with torchvision's rounding of odd margins."""
+    """Centre crop or pad to target x target."""
     _, height, width = image_CHW.shape
     if height < target or width < target:
         extra_h, extra_w = max(target - height, 0), max(target - width, 0)
-        margins = (extra_w // 2, extra_w - extra_w // 2, extra_h // 2, extra_h - extra_h // 2)
+        before_w, before_h = -min(0, margin(width, target)), -min(0, margin(height, target))
+        margins = (before_w, extra_w - before_w, before_h, extra_h - before_h)
         image_CHW = F.pad(image_CHW, margins, value=ground)
         _, height, width = image_CHW.shape
-    top, left = round((height - target) / 2.0), round((width - target) / 2.0)
+    top, left = margin(height, target), margin(width, target)
     return image_CHW[:, top : top + target, left : left + target]
 
 

@@ -10,12 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from data_pipelines.errors import BadSample, ShardError
+from data_pipelines.geometry import placement
 from data_pipelines.ledger import Ledger
-from data_pipelines.preprocess import ImageConfig, load_image
+from data_pipelines.preprocess import ImageConfig, fit
+from data_pipelines.preprocess import decode as decode_image
 from data_pipelines.reader import Sample
+from data_pipelines.rows import read_boxes
 from data_pipelines.shard_set import Place, ShardSet, Train
 
 T = TypeVar("T")
@@ -23,6 +27,15 @@ BLOCK = 64
 """Samples that `iterate` decodes between two looks at the ledger."""
 AHEAD = 2
 """Blocks that threads work on while one is used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """Boxes of one picture."""
+
+    sides_M4: Tensor
+    """float64 x0, y0, x1, y1 as fractions of the model's input; parts may lie outside."""
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +49,8 @@ class Decoded:
     source: str
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Columns of the json member that captions or labels are made of, `cls` and `npy` members among them."""
+    boxes: Boxes | None = None
+    """Where asked for."""
 
 
 def decode(
@@ -44,8 +59,9 @@ def decode(
     max_pixels: int,
     columns: frozenset[str] = frozenset(),
     captions: bool = True,
+    boxes: bool = False,
 ) -> Decoded:
-    """Decode one stored sample. Raises BadSample when picture or caption is missing or unusable.
+    """Decode one stored sample. Raises BadSample when picture, caption or a box is missing or unusable.
 
     With `columns`, one of these may stand in for the caption; without `captions`, none is needed.
     """
@@ -54,10 +70,24 @@ def decode(
     if captions and not sample.captions and not any(isinstance(value, str) and value for value in kept.values()):
         raise BadSample("no_caption", sample.key)
     try:
-        pixels = load_image(sample.image, image, max_pixels)
+        pixels_CHW, full_size = decode_image(sample.image, image, max_pixels)
+        found_boxes = placed_boxes(sample.columns.get("boxes"), full_size, image) if boxes else None
     except BadSample as error:
         raise BadSample(error.reason, f"{sample.key}: {error}") from error
-    return Decoded(sample.key, pixels, sample.captions, sample.labels, sample.source, kept)
+    pixels = fit(pixels_CHW, full_size, image)
+    return Decoded(sample.key, pixels, sample.captions, sample.labels, sample.source, kept, found_boxes)
+
+
+def placed_boxes(stored: Any, full_size: tuple[int, int], image: ImageConfig) -> Boxes:
+    """The boxes of a json member in the model's input, not cut off at its edges.
+
+    Raises BadSample `bad_box` for what is no box: sides out of order, beyond the picture, or not numbers.
+    """
+    boxes = read_boxes(stored)
+    height, width = full_size
+    pixels_M4 = [(x0 * width, y0 * height, x1 * width, y1 * height) for x0, y0, x1, y1, _ in boxes]
+    sides_M4 = torch.from_numpy(placement(full_size, image).to_input(pixels_M4))
+    return Boxes(sides_M4, tuple(box[4] for box in boxes))
 
 
 def stored(shards: ShardSet, ledger: Ledger, ids: Iterable[int] | None = None) -> Iterator[tuple[Place, Sample]]:

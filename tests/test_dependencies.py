@@ -12,9 +12,9 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 MAY_USE: dict[str, tuple[str, ...]] = {
     "data_pipelines": ("ray",),
-    "vlp": ("wandb", "mlflow", "onnx", "scan"),
+    "vlp": ("wandb", "mlflow", "onnx", "scan", "detect"),
     "server": ("serve",),
-    "tests": ("serve", "dev", "wandb", "mlflow", "onnx", "scan"),
+    "tests": ("serve", "dev", "wandb", "mlflow", "onnx", "scan", "detect"),
 }
 """Top folder -> extras whose packages it may import, beside the core dependencies."""
 

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import ValidationError
@@ -64,6 +64,13 @@ class BundleInfo(StrictModel):
     provenance: Provenance = Provenance()
 
 
+class Part(Protocol):
+    """What an objective learned beside the towers: a module that writes itself into the folder of a bundle."""
+
+    def save(self, folder: Path) -> None:
+        """Write files of its own, under names that no other part of a bundle has."""
+
+
 @dataclass(slots=True)
 class Bundle:
     """A model ready for use: `model` is open_clip's, in eval mode, on one device."""
@@ -74,6 +81,10 @@ class Bundle:
     image: ImageConfig
     tokenizer: Tokenizer
     provenance: Provenance = field(default_factory=Provenance)
+    folder: Path | None = None
+    """Where it was loaded from; None for one made in memory."""
+    parts: dict[str, Any] = field(default_factory=dict)
+    """Parts in memory, by name; those that lie in the folder are loaded by who needs them."""
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +98,7 @@ class Bundle:
 
 
 def save_bundle(bundle: Bundle, folder: Path) -> Path:
-    """Write a bundle whole or not at all; an existing bundle at `folder` is replaced."""
+    """Write a bundle, its parts in memory included, whole or not at all; one that exists at `folder` is replaced."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
@@ -102,6 +113,8 @@ def save_bundle(bundle: Bundle, folder: Path) -> Path:
             provenance=bundle.provenance,
         )
         (temp / INFO).write_text(info.model_dump_json(indent=2), encoding="utf-8")
+        for part in bundle.parts.values():
+            part.save(temp)
         if folder.exists():
             if not (folder / INFO).exists() and any(folder.iterdir()):
                 raise BundleError(f"{folder} exists and is not a bundle: choose another folder")
@@ -194,6 +207,7 @@ def load_bundle(path: Path | str, device: torch.device | str = "cpu") -> Bundle:
         image=info.image if info else _image_from_open_clip(folder, model_cfg),
         tokenizer=tokenizer,
         provenance=info.provenance if info else Provenance(),
+        folder=folder,
     )
 
 

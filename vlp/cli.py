@@ -16,6 +16,8 @@ COMMANDS = {
     "objectives": ("vlp.commands.train:objectives", "List the training objectives."),
     "claims": ("vlp.commands.claims:claims", "Measure what the methods are said to gain."),
     "eval": ("vlp.commands.model:evaluate", "Evaluate a bundle on shards."),
+    "segment": ("vlp.commands.segment:segment", "Say for every pixel of a picture which of the labels it is."),
+    "detect": ("vlp.commands.detect:detect", "Find things in pictures by their names, and draw boxes around them."),
     "export": ("vlp.commands.export:export", "Write a bundle in another project's format."),
     "runs": ("vlp.commands.runs:runs", "List runs, or compare some of them."),
     "profile": ("vlp.commands.profile:profile", "Show where the time of a training step goes."),

@@ -77,13 +77,16 @@ class StepFlops:
             False
         )  # torch's counter fails on parameters that are expanded, as in attention pools
         self._known: dict[tuple[str, int], int] = {}
+        self.more: Callable[[nn.Module, int, int, int], int] | None = None
+        """What an objective computes beside one pass of both towers: (the model on `meta`, side, channels, passes that
+        its image tower costs) -> FLOPs of a sample, forward and backward."""
 
     def sample(self, side: int, length: int) -> int:
         """One picture of this side, pixels, and one text of this many tokens: forward and backward.
 
         `length` is what the tower computes: with trimmed text the tokens that are left, else the context length.
         """
-        return self._tower("visual", side) + self._tower("text", length)
+        return self._tower("visual", side) + self._tower("text", length) + self._more(side)
 
     def sample_of(self, batch: Batch) -> int:
         """The same for the mean sample of a batch, whose texts are trimmed where the tower allows it.
@@ -100,6 +103,13 @@ class StepFlops:
             forward = self._image if name == "visual" else self._text
             self._known[name, size] = self._passes[name] * count(lambda: forward(size))
         return self._known[name, size]
+
+    def _more(self, side: int) -> int:
+        if self.more is None:
+            return 0
+        if ("more", side) not in self._known:
+            self._known["more", side] = self.more(self._model, side, self._channels, self._passes["visual"])
+        return self._known["more", side]
 
     def _image(self, side: int) -> None:
         self._model.encode_image(torch.empty(1, self._channels, side, side, device="meta"))  # type: ignore[operator]

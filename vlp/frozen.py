@@ -58,6 +58,8 @@ class FeatureLoader:
             raise ConfigError(
                 "data.views and data.texts above 1 have no effect with both trunks frozen: leave them out"
             )
+        if loader.config.boxes:
+            raise ConfigError("data.boxes has no effect with both trunks frozen: leave it out")
         self.loader, self.plan, self.ledger = loader, loader.plan, loader.ledger
         self._model, self._device = model, device
         self._images: dict[tuple[int, int], Tensor] = {}

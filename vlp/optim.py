@@ -109,13 +109,14 @@ def names() -> list[str]:
 
 
 def parameter_groups(model: nn.Module, objective: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Parameters by weight decay and rate."""
+    """Parameters by weight decay and rate; an objective may say by `rate_scale(name)` how fast the model learns."""
+    rate = getattr(objective, "rate_scale", lambda name: 1.0)
     scales = layer_scales((name for name, _ in model.named_parameters()), config.layer_decay)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for module in (model, objective):
         for name, parameter in module.named_parameters():
             decay = config.weight_decay if parameter.ndim >= 2 and not _has(name, UNDECAYED) else 0.0
-            scale = scales[name] if module is model else 1.0
+            scale = scales[name] * rate(name) if module is model else 1.0
             groups.setdefault((decay, scale), []).append(parameter)
     return [
         {"params": part, "weight_decay": decay, "lr_scale": scale}

@@ -62,6 +62,8 @@ class Run:
     """Step and value of the best evaluation so far, by `run.keep_best`."""
     account: dict[str, Any] = field(default_factory=dict)
     """Ledger of all ranks and all resumes, as of the last save."""
+    ema_parts: Ema | None = None
+    """Averages of what the objective hands over beside the model."""
 
     @property
     def folder(self) -> Path:
@@ -120,12 +122,22 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
     module, options = objectives.load(recipe.objective)
     loader = make_loader(recipe.data, tokenizer, recipe.run.seed, rank, world)
     width = int(model_cfg["embed_dim"])
-    dims = objectives.Dims(width, scale, loader.classes, loader.clusters, image=image, tokenizer=tokenizer)
+    dims = objectives.Dims(
+        width,
+        scale,
+        loader.classes,
+        loader.clusters,
+        image=image,
+        tokenizer=tokenizer,
+        box_labels=loader.box_names,
+        weights=recipe.model.weights,
+    )
     objective = module.build(options, dims).to(device)
     if hasattr(objective, "attach"):
         objective.attach(model)
     locking.apply(model, recipe.model, 1.0)  # what thaws later is no frozen trunk
-    frozen = trunks_frozen(model)
+    flops.more = getattr(objective, "more_flops", None)
+    frozen = trunks_frozen(model) and not getattr(objective, "whole_towers", False)
     _check_effects(recipe, flops, frozen)
     locking.apply(model, recipe.model, 0.0)
     total = recipe.run.steps or max(1, round((recipe.run.epochs or 0) * loader.plan.steps))
@@ -139,6 +151,7 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
         objective=objective,
         optimizer=build_optimizer(model, objective, recipe.optim),
         ema=Ema(model, recipe.optim.ema) if recipe.optim.ema else None,
+        ema_parts=Ema(parts, recipe.optim.ema) if recipe.optim.ema and len(parts := extra_parts(objective)) else None,
         guard=Guard(recipe.run.spike),
         saver=Saver(folder / "checkpoints", recipe.run.keep),
         loader=FeatureLoader(loader, model, device) if frozen else loader,
@@ -209,8 +222,8 @@ def save(run: Run, wait: bool = False) -> None:
         "optimizer": distributed.full_optimizer_state(run.optimizer, _named(run)),
         "objective": distributed.full_state(run.objective.state_dict()),
     }
-    if run.ema is not None:
-        tensors["ema"] = distributed.full_state(run.ema.shadow)
+    for name, ema in _averages(run).items():
+        tensors[name] = distributed.full_state(ema.shadow)
     if distributed.rank() > 0:
         return
     run.account = account.report()
@@ -282,9 +295,28 @@ def _load_weights(run: Run, tensors: dict[str, dict[str, torch.Tensor]], state: 
     distributed.load_full_optimizer_state(run.optimizer, _named(run), tensors["optimizer"])
     load_numbers(run.optimizer, _named(run), state["optimizer"])
     distributed.load_full_state(run.objective.state_dict(), tensors.get("objective", {}))
-    if run.ema is not None:
-        run.ema.updates = int(state["ema_updates"])
-        distributed.load_full_state(run.ema.shadow, tensors["ema"])
+    for name, ema in _averages(run).items():
+        ema.updates = int(state["ema_updates"])
+        distributed.load_full_state(ema.shadow, tensors[name])
+
+
+def _averages(run: Run) -> dict[str, Ema]:
+    """Averages that are kept, under their names in checkpoints."""
+    found = {"ema": run.ema, "ema_parts": run.ema_parts}
+    return {name: ema for name, ema in found.items() if ema is not None}
+
+
+def extra_parts(objective: Any) -> nn.ModuleDict:
+    """What an objective hands over beside the model, by name; for most nothing."""
+    return nn.ModuleDict(objective.extra_parts() if hasattr(objective, "extra_parts") else {})
+
+
+def _parts(run: Run) -> dict[str, nn.Module]:
+    """Copies of them, averaged where there are averages, ready for inference."""
+    parts = copy.deepcopy(extra_parts(run.objective)).float().eval()
+    if run.ema_parts is not None:
+        parts.load_state_dict(run.ema_parts.shadow)
+    return dict(parts.items())
 
 
 def _named(run: Run) -> dict[str, nn.Parameter]:
@@ -311,4 +343,5 @@ def current_bundle(run: Run) -> Bundle:
         samples=run.step * run.recipe.data.batch_size,
     )
     model = model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
-    return Bundle(run.folder.name, model, run.model_cfg, run.recipe.data.image, run.tokenizer, provenance)
+    image = run.recipe.data.image
+    return Bundle(run.folder.name, model, run.model_cfg, image, run.tokenizer, provenance, parts=_parts(run))

@@ -18,7 +18,7 @@ from vlp.models import locking
 from vlp.objectives.base import Features, LossOutput
 from vlp.optim import learning_rate, set_rate
 from vlp.phases import phase
-from vlp.run import Run
+from vlp.run import Run, extra_parts
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,8 @@ def train_step(run: Run, batch: Batch) -> dict[str, float]:
             _clamp_scale(run)
             if run.ema is not None:
                 run.ema.update(run.model)
+            if run.ema_parts is not None:
+                run.ema_parts.update(extra_parts(run.objective))
             if hasattr(run.objective, "after_step"):
                 run.objective.after_step(run.model)
     run.step += 1

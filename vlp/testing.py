@@ -89,12 +89,17 @@ def full_batch(count: int = 6, seed: int = 0) -> Batch:
         label_ids=numbers % 4 - 1,
         multi_labels=torch.stack([numbers % 4 == 1, numbers % 4 == 2, numbers % 3 == 0], dim=1).to(torch.uint8),
         cluster_ids=torch.stack([numbers % 5, (numbers + 1) % 5, torch.full((count,), -1)], dim=1),
+        boxes=torch.tensor([[0.1, 0.2, 0.7, 0.9], [0.4, 0.0, 1.0, 0.5], [0, 0, 0, 0]]).repeat(count, 1, 1),
+        box_mask=torch.stack([numbers % 4 < 3, numbers % 2 == 0, numbers < 0], dim=1),
+        box_labels=torch.stack([numbers % 2, numbers % 3 - 1, torch.full((count,), -1)], dim=1),
         weight=0.5 + torch.rand(count, generator=generator),
     )
 
 
 FULL_CLASSES, FULL_CLUSTERS = 3, 5
 """Classes and clusters that the labels of `full_batch` number."""
+FULL_BOX_LABELS = WORDS[:2]
+"""Labels that its boxes number."""
 
 
 def network_input(batch: Batch) -> tuple[torch.Tensor, Batch]:
@@ -103,7 +108,16 @@ def network_input(batch: Batch) -> tuple[torch.Tensor, Batch]:
     return batch.pixels.float() / 255, replace(batch, views=views)
 
 
-MICRO_OPTIONS: dict[str, dict[str, Any]] = {"strong_baseline": {"hidden": 16, "dim": 8}}
+MICRO_PARTS: dict[str, Any] = {
+    "levels": [2, 3], "width": 8, "roi_size": 2, "convs": 1, "hidden": 16, "dense_convs": 1,
+}  # fmt: skip
+"""Sizes of a detector's parts."""
+MICRO_OPTIONS: dict[str, dict[str, Any]] = {
+    "strong_baseline": {"hidden": 16, "dim": 8},
+    "detection_pretrain": {"boxes": 3, "parts": MICRO_PARTS},
+    "detection_finetune": {"proposals": 4, "parts": MICRO_PARTS},
+    "dense_distill": {"labels": list(WORDS[:4]), "templates": "plain"},
+}
 """Options that make the modules of an objective as small as these models; papers' sizes hold millions of weights."""
 
 

@@ -17,6 +17,7 @@ SETTINGS = {
     "folder": "dir", "template": "template", "caption_col": "caption_col", "label_col": "label_col",
     "box_col": "box_col", "image_col": "image_col", "columns": "columns", "keys": "keys", "split_by": "split_by",
     "images": "images", "layout": "layout", "names": "names", "languages": "languages", "damaged": "damaged",
+    "pictures": "pictures", "side": "side", "seed": "seed",
 }  # fmt: skip
 """Option of the command line -> setting of the source."""
 FETCH = ("timeout", "retries", "allow_private")
@@ -51,6 +52,9 @@ source_options = options(
     click.option("--layout", help="Folder: captions or classes.  [default: recognised]"),
     click.option("--names", multiple=True, callback=several, help="IDX files: names of the classes, by commas."),
     click.option("--languages", multiple=True, callback=several, help="Named data sets: languages, by commas."),
+    click.option("--pictures", multiple=True, callback=several, help="detection-starter: split=number, by commas."),
+    click.option("--side", type=int, help="detection-starter: pixels.  [default: 320]"),
+    click.option("--seed", type=int, help="detection-starter: which pictures are composed.  [default: 0]"),
     click.option("--damaged", help="Shards: stop at a damaged one, or count it as a failure.  [default: stop]"),
 )  # fmt: skip
 run_options = options(
@@ -103,8 +107,8 @@ def write(source: str, out: str, overwrite: bool, as_json: bool, **given: Any) -
     """Write SOURCE as WebDataset shards in img2dataset's layout.
 
     SOURCE is a folder of images (same-stem .txt or .json beside them, or class folders), a table of paths or URLs, a
-    folder of shards, or the name of a data set: starter, emoji, clipart. Running the same command again does nothing;
-    an interrupted one goes on after its last finished shard.
+    folder of shards, or the name of a data set: starter, emoji, clipart, detection-starter. Running the same command
+    again does nothing; an interrupted one goes on after its last finished shard.
 
     \b
     Examples:

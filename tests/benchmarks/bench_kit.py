@@ -125,7 +125,7 @@ def table(result: Path) -> str:
     data = json.loads(result.read_text())
     if data["suite"] == "claims":
         return claims_table(data["rows"])
-    if data["suite"] == "backdoor":
+    if data["suite"] in ("backdoor", "detection"):
         return _table_of_figures(data)
     if "value" in data["rows"][0]:
         return _table_of_proofs(data)

@@ -117,9 +117,9 @@ def test_a_folder_with_other_things_is_not_littered(photos: Path, tmp_path: Path
         (["{tmp}/empty"], "no images among 0 files"),
         (
             ["{tmp}/nowhere"],
-            "no such path, and no data set has this name; data sets are clipart, emoji, ",
+            "no such path, and no data set has this name; data sets are clipart, detection-starter, emoji, ",
         ),
-        (["{tmp}/photos", "--kind", "rar"], "kinds are clipart, coco, emoji, fashion-mnist, folder"),
+        (["{tmp}/photos", "--kind", "rar"], "kinds are clipart, coco, detection-starter, emoji"),
         (["{tmp}/photos", "--template", "a {label}"], "template 'a {label}' has no effect"),
         (["{tmp}/photos", "--template", "a photo"], "template"),
         (["{tmp}/photos", "--resize-mode", "border"], "give both or neither"),

@@ -13,18 +13,20 @@ from vlp.objectives import base
 from vlp.objectives._kernel import Job, two_way
 from vlp.objectives.base import Dims
 from vlp.testing import (
+    FULL_BOX_LABELS,
     FULL_CLASSES,
     FULL_CLUSTERS,
     MICRO_OPTIONS,
     attached,
     full_batch,
+    micro_bundle,
     micro_model,
     network_input,
     run_ranks,
 )
 
 COUNT = 8
-DIMS = Dims(16, 2.0, FULL_CLASSES, FULL_CLUSTERS)
+DIMS = Dims(16, 2.0, FULL_CLASSES, FULL_CLUSTERS, tokenizer=micro_bundle().tokenizer, box_labels=FULL_BOX_LABELS)
 WAYS = ("gather", "local", "ring")
 LABELLED: list[dict[str, Any]] = [
     {"name": "supcon", "positives": "jaccard", "clip": {"mask": "labels", "exchange": "ring"}},
@@ -47,6 +49,19 @@ CASES += [
 CASES += [{"name": name, "between": "texts", "mask": "labels"} for name in ("cacr", "groco")]
 CASES += [{"name": name, "clip_weight": 0.0} for name in ("cacr", "groco", "pair_gate")]
 CASES += [{"name": "pair_gate", "source": "clusters", "fuse": "product", "renormalise": True}]
+CASES += [
+    {
+        "name": "detection_pretrain",
+        "pool": "attention",
+        "clip": {"mask": "labels"},
+        **MICRO_OPTIONS["detection_pretrain"],
+    },
+    {"name": "detection_pretrain", "clip_weight": 0.5, **MICRO_OPTIONS["detection_pretrain"]},
+]
+CASES += [
+    {"name": "dense_distill", **MICRO_OPTIONS["dense_distill"], **options}
+    for options in ({"region": "image"}, {"region": "none", "clip_weight": 0.5, "clip": {"mask": "labels"}})
+]
 STRONG: dict[str, Any] = {"name": "strong_baseline", "clip": {"mask": "captions"}, **MICRO_OPTIONS["strong_baseline"]}
 CASES += [{**STRONG, "ssl": ssl, "ssl_hidden": 12, "ssl_dim": 6} for ssl in ("simclr", "siamlip", "byolip", "barlip")]
 CASES += [{**STRONG, "ssl": "swalip", "smoothing": 0.0}]

@@ -380,5 +380,5 @@ def test_base_recipes_read_no_test_split_for_training() -> None:
     assert names
     for name in names:
         recipe = load_recipe(name)
-        assert str(recipe.data.train).endswith("/train")
+        assert str(recipe.data.train).endswith(("/train", "/pretrain"))
         assert all("/test" in str(item.data) for item in recipe.evals)

@@ -13,9 +13,9 @@ from vlp.recipe import dump
 
 LEAVES = [
     ["data", "fetch"], ["shard"], ["train"], ["recipes"], ["recipes", "show"], ["recipes", "cp"], ["objectives"],
-    ["eval"], ["export"], ["claims", "ls"], ["claims", "run"], ["claims", "table"], ["claims", "data"], ["runs", "ls"],
-    ["runs", "compare"], ["profile"], ["embed"], ["curate", "cluster"], ["curate", "entity"],
-    ["poison"], ["scan"], ["audit"], ["clean"], ["backdoor", "report"], ["backdoor", "verify"],
+    ["eval"], ["detect"], ["export"], ["claims", "ls"], ["claims", "run"], ["claims", "table"], ["claims", "data"],
+    ["runs", "ls"], ["runs", "compare"], ["profile"], ["embed"], ["curate", "cluster"], ["curate", "entity"],
+    ["poison"], ["scan"], ["audit"], ["clean"], ["segment"], ["backdoor", "report"], ["backdoor", "verify"],
     ["guard"], ["index", "build"], ["serve"], ["demo"], ["doctor"],
 ]  # fmt: skip
 

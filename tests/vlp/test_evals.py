@@ -42,7 +42,8 @@ def options_of(task: str, train: Path | str) -> dict[str, Any]:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train/ and test/: 150 and 77 pictures in shards of 40; uneven shares for 2 and 4 ranks. One picture is damaged.
 
-    Every seventh has no caption, the others one or two; all have one or two of five labels.
+    Every seventh has no caption, the others one or two; all have one or two of five labels,
+    and a box of the first.
     """
     root = tmp_path_factory.mktemp("shards")
     for name, count in (("train", 150), ("test", 77)):
@@ -53,6 +54,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "test",
                 f"{name}-{n}",
                 labels=tuple(dict.fromkeys((f"label {n % 5}", f"label {n % 3}"))),
+                boxes=((0.1, 0.2, 0.6, 0.9, f"label {n % 5}"),),
             )
             for n in range(count)
         ]
@@ -302,7 +304,7 @@ def test_a_probe_learns_what_the_features_say() -> None:
 @pytest.mark.parametrize(
     ("item", "words"),
     [
-        ({"task": "sing"}, ["evals.0.task", "'sing'", "retrieval, zero-shot"]),
+        ({"task": "sing"}, ["evals.0.task", "'sing'", "retrieval, segmentation, zero-shot"]),
         ({"options": {"kk": 1}}, ["evals.0.options.kk", "captions, duplicates", "got 1"]),
         ({"options": {"captions": 0}}, ["evals.0.options.captions", "greater than or equal to 1", "got 0"]),
         ({"options": {"duplicates": "drop"}}, ["evals.0.options.duplicates", "'merge' or 'keep'", "'drop'"]),
@@ -334,7 +336,7 @@ def test_templates_by_name(tmp_path: Path) -> None:
 
 
 def test_unknown_tasks_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"'sing'.*retrieval, zero-shot"):
+    with pytest.raises(ConfigError, match=r"'sing'.*retrieval, segmentation, zero-shot"):
         evals.evaluate(micro_bundle(), "sing", Path())
 
 
@@ -349,7 +351,7 @@ def test_all_tasks_at_once(trained: Path, shards: Path) -> None:
     done = vlp_eval(str(trained), "--data", str(shards / "test"), "--task", "all", "--set", "captions=1", "--json")
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
-    assert result["task"] == "geometry, label-alignment, label-retrieval, retrieval, zero-shot", (
+    assert result["task"] == "detection, geometry, label-alignment, label-retrieval, retrieval, segmentation, zero-shot", (
         "knn and linear-probe need --train"
     )
     alone = evals.evaluate(load_bundle(trained), "retrieval", shards / "test", {"captions": 1})

@@ -16,18 +16,22 @@ from vlp.objectives import base, clip
 from vlp.objectives.base import Dims, Features, LossOutput
 from vlp.recipe import load_recipe, recipe_names
 from vlp.testing import (
+    FULL_BOX_LABELS,
     FULL_CLASSES,
     FULL_CLUSTERS,
     MICRO,
     MICRO_OPTIONS,
     attached,
     full_batch,
+    micro_bundle,
     micro_model,
     network_input,
 )
 
 NAMES = base.names()
-DIMS = Dims(16, math.log(10), FULL_CLASSES, FULL_CLUSTERS)
+DIMS = Dims(
+    16, math.log(10), FULL_CLASSES, FULL_CLUSTERS, tokenizer=micro_bundle().tokenizer, box_labels=FULL_BOX_LABELS
+)
 
 
 def encode(name: str, batch: Batch, **options: object) -> tuple[base.Objective, Features]:

@@ -10,11 +10,13 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from data_pipelines import job, sources
+from data_pipelines.compose import dice, objects, paste, scenes, wording
 from data_pipelines.errors import ConfigError
 from data_pipelines.files import cache_dir, write_atomic
 from data_pipelines.pictures import WriteOptions
@@ -23,6 +25,7 @@ from data_pipelines.sources import clipart as all_clipart
 from data_pipelines.sources import emoji as all_emoji
 from vlp.claims import clipart, emoji
 
+COMPOSING = (dice, objects, paste, scenes, wording)
 RATIO = 100
 """Pictures of the largest class over those of the smallest in fashion's `longtail.txt`."""
 LARGEST = 4500
@@ -35,6 +38,8 @@ class DataSet:
     source: Source
     finish: Callable[[Path], Mapping[str, str]]
     """Folder of the shards -> files for it, name -> text."""
+    made_by: tuple[ModuleType, ...] = ()
+    """Modules beside the source's own whose code decides what is written."""
 
 
 def _emoji_files(folder: Path) -> Mapping[str, str]:
@@ -77,6 +82,7 @@ def data_sets() -> dict[str, DataSet]:
         "claims-emoji": DataSet(Source("claims-emoji", emoji, emoji.Config()), _emoji_files),
         "claims-clipart": DataSet(Source("claims-clipart", clipart, clipart.Config()), _clipart_files),
         "claims-fashion": DataSet(sources.resolve("fashion-mnist"), _fashion_files),
+        "claims-detection": DataSet(sources.resolve("detection-starter"), lambda folder: {}, COMPOSING),
     }
 
 
@@ -106,7 +112,7 @@ def identity(name: str) -> str:
     """Short digest of everything the data set depends on."""
     found = find(name)
     parts = [job.identify(found.source), _options(found).recorded()]
-    code = [Path(module.__file__ or "").read_bytes() for module in (found.source.module,)]
+    code = [Path(module.__file__ or "").read_bytes() for module in (found.source.module, *found.made_by)]
     code.append(Path(__file__).read_bytes())
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode() + b"".join(code)).hexdigest()[:16]
 

@@ -126,7 +126,8 @@ def table(readme: Path | None, results: Path | None, as_json: bool) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace other shards that are there.")
 @json_option
 def data(name: str, out: Path, overwrite: bool, as_json: bool) -> None:
-    """Write the data set NAME of the claims (claims-emoji, claims-clipart, claims-fashion), for `vlp train claims/...`."""
+    """Write a data set of the claims, for `vlp train claims/...`: claims-emoji, claims-clipart, claims-fashion,
+    claims-detection."""
     from data_pipelines.job import lines
     from vlp.claims.data import write
 

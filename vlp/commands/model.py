@@ -32,6 +32,11 @@ FOLDER = click.Path(path_type=Path)
                 pairs=500000  seed=0  labels  column
   geometry      effective rank, RankMe, alignment, uniformity, modality gap
                 alpha=2  t=2
+  detection     boxes of shards: AP, AP50, base and novel apart; labels of given boxes; shift sensitivity
+                measures=[ap,regions,shift]  labels  base=[...]  frequencies=FILE  templates  frozen=BUNDLE
+                scoring={ensemble: true, ...}  shift_pictures=128
+  segmentation  places of the model's map against the masks or boxes of shards: miou, and of every class
+                labels  truth=segments|boxes  background=[...]  templates  modality=rgb|grey|edges  size
   backdoor      accuracy, and the share that triggers of `vlp poison` mislead, beside a clean twin
                 attacks=[FILE.poison.json]  control=BUNDLE  target  labels  templates  column
   all           every task that the data and the options given allow

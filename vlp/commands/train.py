@@ -72,6 +72,7 @@ def train(
 
 
 def _describe(recipe: Any, folder: Path) -> dict[str, Any]:
+    from vlp.memory import estimate
     from vlp.run import prepare
 
     run = prepare(recipe, folder)
@@ -84,6 +85,8 @@ def _describe(recipe: Any, folder: Path) -> dict[str, Any]:
         "samples": run.loader.plan.samples,
         "steps_per_epoch": run.loader.plan.steps,
         "steps": run.total,
+        "gflops_per_sample": round(run.flops.sample(recipe.data.image.size, recipe.tokenizer.context_length) / 1e9, 3),
+        **{f"memory_gb_{name}": value for name, value in estimate(run).items()},
     }
 
 

@@ -46,14 +46,14 @@ class Encoder:
 
     def __init__(self, bundle: Bundle, advance: Callable[[int], None] = lambda step: None) -> None:
         """`advance` is told of pictures of this rank."""
-        self.bundle, self._advance = bundle, advance
+        self.bundle, self.advance = bundle, advance
         self._seen: dict[tuple[str, str, Change | None], Encoded] = {}
 
     def pictures(self, data: Train | Path, column: str = "labels", change: Change | None = None) -> Encoded:
         """Every picture of the shards; `column` holds the labels. Raises PipelineError on all ranks alike."""
         known = (repr(data), column, change)
         if known not in self._seen:
-            self._seen[known] = encode_shards(self.bundle, data, column, self._advance, change)
+            self._seen[known] = encode_shards(self.bundle, data, column, self.advance, change)
         return self._seen[known]
 
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -105,7 +105,7 @@ def encode_shards(
             advance(len(block))
         return rows, seen
 
-    rows, seen = _together(work)
+    rows, seen = together(work)
     whole = Ledger()
     for report in distributed.from_all_ranks(ledger.report()):
         whole.add(report)
@@ -125,7 +125,7 @@ def _labels(sample: Decoded, column: str) -> tuple[Any, ...]:
     return tuple(item if isinstance(item, int) else str(item) for item in values)
 
 
-def _together(work: Callable[[], T]) -> T:
+def together(work: Callable[[], T]) -> T:
     """This rank's work; an error of one rank is raised on all, for the others would wait for it for ever."""
     result, failure = None, None
     try:

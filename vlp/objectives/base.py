@@ -53,6 +53,10 @@ class Dims:
     """How the run's pictures are prepared; None: unknown, as in tests."""
     tokenizer: Tokenizer | None = None
     """What made the run's tokens."""
+    box_labels: tuple[str, ...] = ()
+    """Labels that `box_labels` of a batch number; empty without `data.boxes`."""
+    weights: str | None = None
+    """`model.weights`: what the model starts from, which may hold parts that an objective continues."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,12 @@ class Objective(Protocol):
     An objective with a copy of the model to keep up (a momentum tower) also has `attach(model)`, called once before
     the optimiser is made, and `after_step(model)`, called after every update that was applied. What it registers as
     buffers or parameters is saved and resumed; parameters with a gradient are trained.
+
+    One that learns more than the towers has `extra_parts()`, name -> module with `save(folder)`: they are averaged and
+    handed over with the model (bundle.Part). One that takes towers apart says `whole_towers = True`: it then gets
+    pixels and tokens even where both trunks are frozen. `rate_scale(name)` multiplies the learning rate of a parameter
+    of the model; `more_flops(model, side, channels, passes)` counts what it computes beside one pass of both towers,
+    and `picture_pass(model, pixels)` runs all it computes of pictures, for estimates.
     """
 
     def encode(self, model: Encoder, pixels_BCHW: Tensor, batch: Batch) -> Features:
@@ -200,10 +210,17 @@ def contrast_by(
         special = job.decoupled or any(item is not None for item in (weights, pairs.log_weight_RC, pairs.target_RC))
         if not special:
             logits_BB = logit_scale.float() * (image_BD.float() @ text_BD.float().T)
-            if pairs.excluded_RC is not None:
-                logits_BB = mask_pairs(logits_BB, pairs.excluded_RC)
-            return _row_loss(logits_BB, job.smoothing), _row_loss(logits_BB.T, job.smoothing)
+            return contrast_matrix(logits_BB, pairs.excluded_RC, job.smoothing)
     return two_way(image_BD, text_BD, logit_scale, labels, job, weights)
+
+
+def contrast_matrix(
+    logits_BB: Tensor, excluded_BB: Tensor | None = None, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(image-to-text, text-to-image) cross-entropy of logits that are there already, own pairs on the diagonal."""
+    if excluded_BB is not None:
+        logits_BB = mask_pairs(logits_BB, excluded_BB)
+    return _row_loss(logits_BB, smoothing), _row_loss(logits_BB.T, smoothing)
 
 
 def sigmoid_contrast(

@@ -1,0 +1,1 @@
+"""What sources/detection_starter.py composes its pictures of: cut-outs, backgrounds, pasting and wording."""
