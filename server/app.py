@@ -1,7 +1,8 @@
 """create_app: settings, engine and index in, a FastAPI application out. Importing this module starts nothing."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from types import ModuleType
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -9,30 +10,33 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
 from server.auth import require_key
+from server.dialects import on_api_error, on_http_error
 from server.engine import Engine
-from server.errors import ApiError, on_api_error, on_http_error
+from server.errors import ApiError
 from server.guarding import Guarding
 from server.index import Index
 from server.middleware import RequestContext
+from server.model import Loaded
+from server.registry import Registry, Source
 from server.routes import classify, embeddings, health, models, search
-from server.schemas.classify import ClassifyRequest
-from server.schemas.embeddings import EmbeddingsRequest
-from server.schemas.search import SearchRequest
 from server.services import Services
 from server.settings import Settings
 
-BODIES = (ClassifyRequest, EmbeddingsRequest, SearchRequest)
-"""Requests that routes parse themselves, so that FastAPI does not know them."""
+KEYED: tuple[ModuleType, ...] = (embeddings, classify, search, models)
+"""Routes that need a key, in the order of the document. A module's BODIES are the requests that it parses itself."""
 
 
 def create_app(
-    settings: Settings, engine: Engine, index: Index | None = None, guarding: Guarding | None = None
+    settings: Settings, sources: Engine | Sequence[Source], index: Index | None = None, guarding: Guarding | None = None
 ) -> FastAPI:
     """The application. Threads start with its lifespan; the index is closed at its end.
 
-    A guard has to watch the engine's own bundle.
+    `sources`: one engine, or several models that can be reloaded; the first is the default. `guarding` goes with an
+    engine and has to watch its own bundle; a Source has its own.
     """
-    services = Services(settings, engine, index, guarding)
+    if not isinstance(sources, Sequence):
+        sources = [Source(Loaded(sources, guarding))]
+    services = Services(settings, Registry(settings, sources), index)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -56,7 +60,7 @@ def create_app(
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_middleware(RequestContext, most=settings.limits.requests)
     app.include_router(health.router)
-    for module in (embeddings, classify, search, models):
+    for module in KEYED:
         app.include_router(module.router, dependencies=[Depends(require_key)])
     _document_bodies(app)
     return app
@@ -68,8 +72,9 @@ def _document_bodies(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         document = plain()
+        bodies = [body for module in KEYED for body in getattr(module, "BODIES", ())]
         _, definitions = models_json_schema(
-            [(body, "validation") for body in BODIES], ref_template="#/components/schemas/{model}"
+            [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
         )
         document["components"]["schemas"].update(definitions["$defs"])
         return document

@@ -142,6 +142,11 @@ class Batcher(Generic[Raw, Ready]):
         return self._task is not None and not self._task.done()
 
     @property
+    def accepted(self) -> int:
+        """Items that are waiting for their answer."""
+        return self._accepted
+
+    @property
     def full(self) -> bool:
         """Whether the next item would be refused."""
         return self._accepted >= self._limit

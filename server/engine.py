@@ -16,6 +16,7 @@ from torch import Tensor
 from data_pipelines.errors import BadSample
 from data_pipelines.images import open_header
 from data_pipelines.preprocess import load_image
+from data_pipelines.tokens import Tokenizer
 from server.settings import Limits
 from vlp import infer
 from vlp.bundle import Bundle
@@ -39,8 +40,15 @@ class Engine(Protocol):
     def created(self) -> int:
         """Seconds since the epoch."""
 
+    @property
+    def context(self) -> int:
+        """Tokens of a text that the model reads, the marks at its ends included."""
+
     def prepare_texts(self, texts: Sequence[str]) -> Tensor:
         """tokens_NL, cut to the model's context."""
+
+    def overlong(self, texts: Sequence[str]) -> list[bool]:
+        """Which texts the model's context cuts."""
 
     def prepare_image(self, data: bytes) -> Tensor:
         """pixels_CHW of the model's size. Raises BadSample."""
@@ -51,8 +59,8 @@ class Engine(Protocol):
     def encode_images(self, pixels_NCHW: Tensor) -> Vectors:
         """Embeddings of pictures."""
 
-    def count_tokens(self, tokens_NL: Tensor) -> int:
-        """Tokens without padding."""
+    def count_tokens(self, tokens_NL: Tensor) -> NDArray[np.int64]:
+        """N: tokens of each text without padding."""
 
     def classify(self, images_ND: Vectors, prompts_PD: Vectors, labels: int) -> tuple[Vectors, Vectors]:
         """(probabilities_NL, cosines_NL) over labels whose prompts are averaged."""
@@ -61,17 +69,27 @@ class Engine(Protocol):
 class BundleEngine:
     """A bundle run by torch. Stateless between calls."""
 
-    def __init__(self, bundle: Bundle, limits: Limits) -> None:
-        """`limits`: largest picture that is decoded."""
+    def __init__(self, bundle: Bundle, limits: Limits, name: str = "") -> None:
+        """`limits`: largest picture that is decoded. `name`: what clients call it, if not what the bundle says."""
         self._bundle = bundle
         self._limits = limits
-        self.name = bundle.name
+        self.name = name or bundle.name
         self.dim = bundle.dim
+        self.context = bundle.tokenizer.config.context_length
+        self._patient: Tokenizer | None = None
         self.created = int(time.time())
 
     def prepare_texts(self, texts: Sequence[str]) -> Tensor:
         """tokens_NL."""
         return self._bundle.tokenizer(texts)
+
+    def overlong(self, texts: Sequence[str]) -> list[bool]:
+        """With a tokenizer that leaves room for one token more, made when it is first needed."""
+        if self._patient is None:
+            known = self._bundle.tokenizer
+            config = known.config.model_copy(update={"context_length": self.context + 1})
+            self._patient = Tokenizer(known.vocabulary, config)
+        return [bool(count > self.context) for count in self.count_tokens(self._patient(texts))] if texts else []
 
     def prepare_image(self, data: bytes) -> Tensor:
         """pixels_CHW uint8."""
@@ -88,10 +106,10 @@ class BundleEngine:
         """ND."""
         return infer.encode_pixels(self._bundle, pixels_NCHW).numpy()
 
-    def count_tokens(self, tokens_NL: Tensor) -> int:
+    def count_tokens(self, tokens_NL: Tensor) -> NDArray[np.int64]:
         """Everything up to the last token that is not padding; the padding id may also occur as a word."""
         real_NL = tokens_NL != self._bundle.tokenizer.config.pad_id
-        return int((real_NL.flip(-1).cumsum(-1) > 0).sum())
+        return (real_NL.flip(-1).cumsum(-1) > 0).sum(-1).numpy()
 
     def classify(self, images_ND: Vectors, prompts_PD: Vectors, labels: int) -> tuple[Vectors, Vectors]:
         """Softmax with the model's own logit scale."""

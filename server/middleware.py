@@ -8,8 +8,10 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.context import STATE, RequestState
+from server.dialects import answer
 from server.errors import ApiError
-from server.guarding import VERDICTS, Verdict, headers
+from server.guarding import headers
 
 log = logging.getLogger("server.requests")
 
@@ -34,8 +36,8 @@ class RequestContext:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
         status = 0
-        verdicts: list[Verdict] = []
-        VERDICTS.set(verdicts)
+        state = RequestState(request_id)
+        STATE.set(state)
 
         async def send_marked(message: Message) -> None:
             nonlocal status
@@ -44,7 +46,7 @@ class RequestContext:
                 marked = MutableHeaders(scope=message)
                 marked["X-Request-Id"] = request_id
                 marked["X-Content-Type-Options"] = "nosniff"
-                marked.update(headers(verdicts))
+                marked.update(headers(state.verdicts))
             await send(message)
 
         began = time.monotonic()
@@ -52,7 +54,7 @@ class RequestContext:
         try:
             if self._running > self._most and scope["path"] not in ALWAYS_ANSWERED:
                 refusal = ApiError(429, "too many requests are in progress; try again", "overloaded", retry_after=1)
-                await refusal.response()(scope, receive, send_marked)
+                await answer(refusal, scope["path"])(scope, receive, send_marked)
             else:
                 await self._app(scope, receive, send_marked)
         except Exception:  # the last line of defence: the client gets an id, the log the traceback
@@ -60,9 +62,10 @@ class RequestContext:
             if status:
                 raise  # part of an answer is out; the connection has to break
             failure = ApiError(500, f"internal error; the log has it under request id {request_id}", "internal_error")
-            await failure.response()(scope, receive, send_marked)
+            await answer(failure, scope["path"])(scope, receive, send_marked)
         finally:
             self._running -= 1
+            state.release()
             seconds = time.monotonic() - began
             log.info("%s %s %d %.1f ms id=%s", scope["method"], _route(scope), status, seconds * 1000, request_id)
 

@@ -45,6 +45,8 @@ class Batching(StrictModel):
     """The same for texts."""
     threads: int = Field(default=2, ge=1)
     """Threads that decode pictures and tokenize texts."""
+    results: int = Field(default=2048, ge=0)
+    """Embeddings of pictures, and as many of texts, kept for inputs that come again; 0 keeps none."""
 
 
 class Settings(StrictModel):

@@ -16,12 +16,13 @@ from server.images import image_bytes
 from server.limits import read_json
 from server.schemas import ERRORS, body_of
 from server.schemas.classify import ClassifyRequest, ClassifyResponse
-from server.schemas.embeddings import check_text
+from server.schemas.items import check_text
 from server.services import services_of
 from server.settings import Limits
 from vlp.infer import make_prompts
 
 router = APIRouter(tags=["native"])
+BODIES = (ClassifyRequest,)
 
 EXAMPLE = {"image": "iVBORw0KGgo...", "labels": ["cat", "dog"], "templates": ["a photo of a {}"], "top_k": 1}
 
@@ -37,14 +38,14 @@ async def classify(request: Request) -> Response:
     services = services_of(request)
     limits = services.settings.limits
     wanted = await read_json(request, ClassifyRequest, limits)
-    services.check_model(wanted.model)
+    model = services.model(wanted.model)
     prompts = _prompts(wanted, limits)
     inputs = wanted.inputs()
     if len(inputs) > limits.images:
         raise bad_request(f"images: {len(inputs)} pictures, at most {limits.images}", "images", "too_many_items")
     decoded = [_bytes_or_error(value, param) for param, value in inputs]
     good = [data for data in decoded if isinstance(data, bytes)]
-    (prompt_rows, _), seen = await asyncio.gather(services.embed_texts(prompts), services.see_images(good))
+    (prompt_rows, _), seen = await asyncio.gather(model.embed_texts(prompts), model.see_images(good))
     found = iter(seen)
     outcomes = [next(found) if isinstance(item, bytes) else item for item in decoded]
     named = [
@@ -54,8 +55,8 @@ async def classify(request: Request) -> Response:
     images = [outcome for outcome in named if not isinstance(outcome, ApiError)]
     if not images:
         raise next(outcome for outcome in named if isinstance(outcome, ApiError))
-    probabilities_NL, cosines_NL = await services.run(
-        lambda: services.engine.classify(np.stack([image.row for image in images]), prompt_rows, len(wanted.labels))
+    probabilities_NL, cosines_NL = await model.classify(
+        np.stack([image.row for image in images]), prompt_rows, len(wanted.labels)
     )
     scores = iter(zip(probabilities_NL, cosines_NL, strict=True))
     data = [
@@ -64,7 +65,7 @@ async def classify(request: Request) -> Response:
         else {"index": index, "predictions": _ranked(wanted, *next(scores)), "error": None, **outcome.guard()}
         for index, outcome in enumerate(named)
     ]
-    return json_answer({"model": services.engine.name, "data": data})
+    return json_answer({"model": model.name, "data": data})
 
 
 def _prompts(wanted: ClassifyRequest, limits: Limits) -> list[str]:
