@@ -18,11 +18,11 @@ from server.index import Index
 from server.middleware import RequestContext
 from server.model import Loaded
 from server.registry import Registry, Source
-from server.routes import classify, embeddings, health, models, search
+from server.routes import classify, cohere, embeddings, health, models, search, tei
 from server.services import Services
 from server.settings import Settings
 
-KEYED: tuple[ModuleType, ...] = (embeddings, classify, search, models)
+KEYED: tuple[ModuleType, ...] = (embeddings, cohere, tei, classify, search, models)
 """Routes that need a key, in the order of the document. A module's BODIES are the requests that it parses itself."""
 
 
