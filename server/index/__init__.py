@@ -18,6 +18,7 @@ __all__ = [
     "Floats",
     "Hit",
     "Index",
+    "IndexFailure",
     "IndexInfo",
     "NoKeywords",
     "PayloadError",
@@ -121,6 +122,10 @@ class Index(Protocol):
 
     def close(self) -> None:
         """Make everything durable and let go of the files."""
+
+
+class IndexFailure(RuntimeError):
+    """The engine refused or died; the message is for the log, not for clients."""
 
 
 class NoKeywords(ValueError):

@@ -4,6 +4,7 @@ The engine multiplies with each word's rarity (IDF) when it searches, so that ra
 """
 
 from functools import lru_cache
+from typing import Literal
 
 import qdrant_edge as qe
 
@@ -11,11 +12,11 @@ NAME = "words"
 """Of the sparse vector beside the dense one."""
 AVERAGE_WORDS = 12.0
 """Captions are short; BM25's usual average of 256 would make their length count for nothing."""
-LANGUAGES = (
-    "none arabic azerbaijani basque bengali catalan chinese danish dutch english finnish french german greek hebrew "
-    "hinglish hungarian indonesian italian japanese kazakh nepali norwegian portuguese romanian russian slovene "
-    "spanish swedish tajik turkish"
-).split()
+Language = Literal[
+    "none", "arabic", "azerbaijani", "basque", "bengali", "catalan", "chinese", "danish", "dutch", "english", "finnish",
+    "french", "german", "greek", "hebrew", "hinglish", "hungarian", "indonesian", "italian", "japanese", "kazakh",
+    "nepali", "norwegian", "portuguese", "romanian", "russian", "slovene", "spanish", "swedish", "tajik", "turkish",
+]  # fmt: skip
 """What the engine has stop words for; `none` takes every word as it is."""
 
 

@@ -19,7 +19,18 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.errors import PipelineError
-from server.index import FilterError, Hit, IndexInfo, NoKeywords, Point, PointId, Row, Where, check_filter
+from server.index import (
+    FilterError,
+    Hit,
+    IndexFailure,
+    IndexInfo,
+    NoKeywords,
+    Point,
+    PointId,
+    Row,
+    Where,
+    check_filter,
+)
 from server.index.edge import EXACT_BELOW, SHARD_NAME, write_info
 from server.index.wire import pack_points, receive, send, unpack_hits, unpack_points
 
@@ -29,10 +40,6 @@ PAGE = 250
 """Points per frame of a write or a copy, so that a search between two frames waits for milliseconds."""
 CLOSE_SECONDS = 60
 ROOT = Path(__file__).parents[2]
-
-
-class EngineFailure(RuntimeError):
-    """The engine refused or died; the message is for the log."""
 
 
 class _Process:
@@ -74,7 +81,7 @@ class _Process:
             case "keywords":
                 raise NoKeywords(answer["message"])
             case _:
-                raise EngineFailure(answer["message"])
+                raise IndexFailure(answer["message"])
 
     def close(self) -> None:
         """Hang up; the process flushes and ends."""
@@ -86,6 +93,16 @@ class _Process:
             log.error("an index engine did not end within %d s and is killed", CLOSE_SECONDS)
             self.process.kill()
             self.process.wait()
+
+
+def create_empty(folder: Path, info: IndexInfo) -> None:
+    """An empty collection in a folder that is there and empty, made durable."""
+    engine = _Process(folder, info)
+    try:
+        engine.ask({"op": "optimize"})
+    finally:
+        engine.close()
+    write_info(folder, info)
 
 
 class EdgeProcess:
@@ -101,6 +118,8 @@ class EdgeProcess:
         self._compacting = threading.Lock()
         self._touched: set[PointId] | None = None
         self._churn = max(0, self._info.points - self._info.indexed)
+        self._made: _Process | None = None
+        """The engine of a compaction that is going on."""
         self._closed = False
         for stale in folder.iterdir():
             if SHARD_NAME.fullmatch(stale.name) and stale.name != self._info.shard:
@@ -122,7 +141,7 @@ class EdgeProcess:
     def _again(self, gone: _Process) -> _Process:
         with self._state:
             if self._closed:
-                raise EngineFailure("the collection is closed")
+                raise IndexFailure("the collection is closed")
             if self._engine is gone:
                 log.error("the index engine of %s died (%s); starting it again", self._folder.name, gone.process.poll())
                 gone.process.kill()
@@ -130,7 +149,7 @@ class EdgeProcess:
                 try:
                     self._engine = _Process(self._folder)
                 except PipelineError as error:
-                    raise EngineFailure(str(error)) from error
+                    raise IndexFailure(str(error)) from error
             return self._engine
 
     def search(
@@ -207,25 +226,28 @@ class EdgeProcess:
         """
         if not self._compacting.acquire(blocking=False):
             return False
-        made: _Process | None = None
         info = self._successor(fields)
         try:
             with self._writing:
                 self._touched = set()
-            made = _Process(self._folder, info)
+            self._made = made = _Process(self._folder, info)
             copied = self._copy_all(made)
             made.ask({"op": "optimize"})
-            self._catch_up(made)  # what was written meanwhile, without holding up writers
             with self._writing:
-                self._catch_up(made)
-                self._touched = None
-                self._churn = 0
+                touched, self._touched = self._touched, set()
+            self._catch_up(made, touched)  # most of what was written meanwhile, without holding up writers
+            with self._writing:
+                self._catch_up(made, self._touched)
                 self._change_over(made, info.model_copy(update={"indexed": copied}))
-                made = None
+                self._made, self._touched, self._churn = None, None, 0
+        except (EOFError, OSError) as error:
+            raise IndexFailure("the engine of a compaction died; the collection is what it was") from error
         finally:
             self._touched = None
-            if made is not None:
-                made.close()
+            if self._made is not None:
+                self._made.process.kill()
+                self._made.close()
+                self._made = None
                 shutil.rmtree(self._folder / info.shard, ignore_errors=True)
             self._compacting.release()
         return True
@@ -245,10 +267,10 @@ class EdgeProcess:
             if after is None:
                 return copied
 
-    def _catch_up(self, engine: _Process) -> None:
-        touched, self._touched = sorted(self._touched or (), key=str), set()
-        for at in range(0, len(touched), PAGE):
-            ids = touched[at : at + PAGE]
+    def _catch_up(self, engine: _Process, touched: set[PointId]) -> None:
+        ordered = sorted(touched, key=str)
+        for at in range(0, len(ordered), PAGE):
+            ids = ordered[at : at + PAGE]
             present = self.get(ids, vectors=True)
             gone = set(ids) - {point.id for point in present}
             if gone:
@@ -264,7 +286,9 @@ class EdgeProcess:
         shutil.rmtree(self._folder / before.shard, ignore_errors=True)
 
     def close(self) -> None:
-        """Let the engine flush and end."""
+        """Let the engine flush and end. A compaction is given up."""
+        self._closed = True
+        if (made := self._made) is not None:
+            made.process.kill()
         with self._compacting, self._state:
-            self._closed = True
             self._engine.close()
