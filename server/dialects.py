@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from server.context import STATE
 from server.errors import ApiError
 
 Shape = Callable[[ApiError], tuple[int, dict[str, Any]]]
@@ -53,6 +54,7 @@ SHAPES: Mapping[str, Shape] = {
     "/zero-shot-image-classification": plain,
     "/zero-shot-object-detection": plain,
     "/feature-extraction": plain,
+    "/image-classification": plain,
     "/knn-service": plain,
     "/metadata": plain,
     "/indices-list": plain,
@@ -69,7 +71,9 @@ def shape_of(path: str) -> Shape:
 
 
 def answer(error: ApiError, path: str) -> Response:
-    """The whole answer."""
+    """The whole answer; the request's log line will name its code."""
+    if (state := STATE.get()) is not None:
+        state.code = error.code
     status, body = shape_of(path)(error)
     return JSONResponse(body, status, headers=error.headers())
 

@@ -26,9 +26,8 @@ async def embed(request: Request) -> Response:
     return await extract(request, await read_json(request, TeiRequest, limits), cut=False)
 
 
-async def extract(request: Request, wanted: TeiRequest, cut: bool, single: bool = False) -> Response:
-    """Vectors of texts. `cut`: whether long texts are cut when the request does not say; `single`: a text alone gives
-    a vector alone."""
+async def extract(request: Request, wanted: TeiRequest, cut: bool) -> Response:
+    """Vectors of texts. `cut`: whether long texts are cut when the request does not say."""
     services = services_of(request)
     model = services.model(wanted.model)
     check_dimensions(wanted.dimensions, model, "dimensions")
@@ -37,8 +36,7 @@ async def extract(request: Request, wanted: TeiRequest, cut: bool, single: bool 
         await _check_length(model, texts, "inputs")
     rows, _ = await model.embed_texts(texts)
     write = as_base64 if wanted.encoding_format == "base64" else as_floats
-    vectors = [write(row) for row in rows]
-    return json_answer(vectors[0] if single and isinstance(wanted.inputs, str) else vectors)
+    return json_answer([write(row) for row in rows])
 
 
 @router.post(

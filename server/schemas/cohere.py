@@ -41,7 +41,7 @@ class CohereRequest(Body):
 class CohereEmbeddings(Answer):
     """Only what was asked for is there."""
 
-    float: list[list[float | None]] | None = None
+    float_: list[list[float | None]] | None = Field(default=None, alias="float")
     int8: list[list[int]] | None = None
     uint8: list[list[int]] | None = None
     binary: list[list[int]] | None = None
