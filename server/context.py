@@ -18,6 +18,10 @@ class RequestState:
     """Name of the API key, `anonymous` without keys; `-` until it is known."""
     model: str = "-"
     """Name of the model that was asked; a name this server knows, never one that a client made up."""
+    audited: bool = False
+    """Whether the request changes something, so that its answer waits for a line of the audit log."""
+    code: str = ""
+    """Machine-readable code of the error that is answered."""
     verdicts: "list[Verdict]" = field(default_factory=list)
     """Of the guard, in the order of the request's pictures; they become headers."""
     releases: list[Callable[[], None]] = field(default_factory=list)

@@ -17,7 +17,7 @@ from data_pipelines.errors import BadSample
 from data_pipelines.images import open_header
 from data_pipelines.preprocess import load_image
 from data_pipelines.tokens import Tokenizer
-from server.backends import Towers, lengths_of, torch_towers
+from server.backends import Towers, lengths_of, plain_towers
 from server.settings import Limits
 from vlp import infer
 from vlp.bundle import Bundle
@@ -79,7 +79,7 @@ class BundleEngine:
 
         `towers`: what runs it in place of `vlp.infer`.
         """
-        self._towers = towers or torch_towers(bundle)
+        self._towers = towers or plain_towers(bundle)
         self.backend = self._towers.name
         self.bundle = bundle
         self._limits = limits

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,8 @@ from server.context import STATE
 from server.engine import Engine, Vectors
 from server.errors import ApiError
 from server.guarding import Guarding, Verdict
+from server.heads import Heads
+from server.metrics import ITEMS, Metrics
 from server.results import Results
 from server.settings import Settings
 
@@ -61,7 +64,7 @@ class Seen:
 class Model:
     """Ready to be asked by many requests at once. Belongs to one event loop."""
 
-    def __init__(self, loaded: Loaded, settings: Settings) -> None:
+    def __init__(self, loaded: Loaded, settings: Settings, metrics: Metrics | None = None) -> None:
         self.engine, self.guarding = loaded.engine, loaded.guarding
         self.digest, self.folder = loaded.digest, loaded.folder
         self.name, self.dim = loaded.engine.name, loaded.engine.dim
@@ -69,19 +72,25 @@ class Model:
         """Requests that are using it; a replaced model ends when none is left."""
         self._seconds = settings.limits.request_seconds
         self._worker = Worker()
+        self._metrics = metrics or Metrics()
         batching, limits = settings.batching, settings.limits
         self._images: Batcher[bytes, Tensor] = Batcher(
             self._prepare_images, self._encode_images, self._worker,
             limit=max(batching.queue_images, limits.images), size=batching.size, wait_ms=batching.wait_ms,
-            threads=batching.threads, chunk=1,
+            threads=batching.threads, chunk=1, patience=batching.patience, observe=partial(self._observe, "image"),
         )  # fmt: skip
         self._texts: Batcher[str, Tensor] = Batcher(
             lambda texts: list(self.engine.prepare_texts(texts)), self._encode_texts, self._worker,
             limit=max(batching.queue_texts, limits.texts), size=batching.size, wait_ms=batching.wait_ms,
-            threads=1, chunk=limits.texts,
+            threads=1, chunk=limits.texts, patience=batching.patience, observe=partial(self._observe, "text"),
         )  # fmt: skip
-        self.image_results: Results[bytes] = Results(self._images.submit, batching.results)
-        self.text_results: Results[str] = Results(self._texts.submit, batching.results)
+        self._image_results: Results[bytes] = Results(
+            self._images.submit, batching.results, partial(self._count, "image")
+        )
+        self._text_results: Results[str] = Results(self._texts.submit, batching.results, partial(self._count, "text"))
+        self.heads = Heads(self.embed_texts)
+        self.detector: Any = None
+        """What `detecting` has loaded for it."""
         self._canary_at = -CANARY_REST
 
     async def start(self) -> None:
@@ -94,6 +103,7 @@ class Model:
             (row,) = await self._images.submit([DOT])
             if isinstance(row, BadSample):
                 raise row
+            self._images.warmed()
         except BaseException:
             await self.stop()
             raise
@@ -106,7 +116,7 @@ class Model:
 
     async def unready(self) -> str | None:
         """Why requests cannot be answered now; None when the model has just answered a canary."""
-        if not (self._worker.alive and self._images.alive and self._texts.alive):
+        if self.dead:
             return "the model worker has stopped; restart the server"
         if self._images.full or self._texts.full:
             return "the queue is full"
@@ -121,9 +131,28 @@ class Model:
             return "the model does not answer"
         return None
 
-    def waiting(self) -> dict[str, int]:
-        """Items accepted and not yet answered."""
-        return {"image": self._images.accepted, "text": self._texts.accepted}
+    @property
+    def dead(self) -> bool:
+        """Whether it will answer nothing any more."""
+        return not (self._worker.alive and self._images.alive and self._texts.alive)
+
+    def gauge(self) -> None:
+        """Set what is true of it now in the metrics."""
+        for kind, batcher in (("image", self._images), ("text", self._texts)):
+            self._metrics.gauge("vlp_items_waiting", batcher.accepted, model=self.name, kind=kind)
+            self._metrics.gauge("vlp_backlog_seconds", batcher.backlog, model=self.name, kind=kind)
+
+    @property
+    def overloaded(self) -> float:
+        """Seconds to wait before a picture would be accepted; 0 when it would be now."""
+        return self._images.excess
+
+    def _count(self, kind: str, how: str) -> None:
+        self._metrics.add("vlp_items_total", model=self.name, kind=kind, how=how)
+
+    def _observe(self, kind: str, items: int, seconds: float) -> None:
+        self._metrics.observe("vlp_batch_items", items, ITEMS, model=self.name, kind=kind)
+        self._metrics.add("vlp_batch_seconds_total", seconds, model=self.name, kind=kind)
 
     async def embed_images(self, images: Sequence[bytes]) -> list[Row | BadSample]:
         """One row or BadSample per encoded picture; the guard's verdicts go into headers."""
@@ -134,14 +163,14 @@ class Model:
         if not images:
             return []
         keys = [hashlib.sha256(data).digest() for data in images]
-        rows = await self._patiently(self.image_results.get(keys, images))
+        rows = await self._patiently(self._image_results.get(keys, images))
         return [row if isinstance(row, BadSample) else self._judged(row) for row in rows]
 
     async def embed_texts(self, texts: Sequence[str]) -> tuple[Vectors, int]:
         """(ND, tokens without padding)."""
         if not texts:
             return np.empty((0, self.dim), np.float32), 0
-        rows = await self._patiently(self.text_results.get(texts, texts))
+        rows = await self._patiently(self._text_results.get(texts, texts))
         counted_NC = np.stack([row for row in rows if not isinstance(row, BadSample)])
         return counted_NC[:, :-1], int(counted_NC[:, -1].sum())
 
@@ -185,6 +214,7 @@ class Model:
         if self.guarding is None:
             return Seen(row, None)
         verdict = self.guarding.judge(float(row[-1]))
+        self._metrics.add("vlp_guard_pictures_total", model=self.name, flagged=str(verdict.flagged).lower())
         if (state := STATE.get()) is not None:
             state.verdicts.append(verdict)
         return Seen(row[:-1], verdict)
@@ -198,9 +228,14 @@ async def patiently(waiting: Awaitable[T], seconds: float) -> T:
     try:
         return await asyncio.wait_for(waiting, seconds)
     except Overloaded as error:
-        raise ApiError(429, "too much is waiting already; try again", "overloaded", retry_after=1) from error
+        raise overloaded(error.seconds) from error
     except WorkerStopped as error:
         raise ApiError(503, "the model worker has stopped", "unavailable", retry_after=10) from error
     except asyncio.TimeoutError as error:
         message = f"no answer within {seconds:g} s; send fewer items per request, or try again"
         raise ApiError(503, message, "timeout", retry_after=1) from error
+
+
+def overloaded(seconds: float) -> ApiError:
+    """429, with the time after which there may be room."""
+    return ApiError(429, "too much is waiting already; try again", "overloaded", retry_after=seconds)

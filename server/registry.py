@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from data_pipelines.errors import PipelineError
 from server.context import STATE
 from server.errors import ApiError, bad_request
+from server.metrics import Metrics
 from server.model import Loaded, Model
 from server.settings import Settings
 
@@ -33,20 +34,19 @@ class Source:
 class Registry:
     """At least one model; the first answers requests that name none. Belongs to one event loop."""
 
-    def __init__(self, settings: Settings, sources: Sequence[Source]) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, sources: Sequence[Source], metrics: Metrics) -> None:
+        self._settings, self._metrics = settings, metrics
         self._sources = {source.loaded.engine.name: source for source in sources}
         assert len(self._sources) == len(sources) > 0, "model names are different, and there is at least one"
         self._models: dict[str, Model] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self._lock: asyncio.Lock | None = None
-        self.reloads = 0
 
     async def start(self) -> None:
         """All models at work. A broken one stops the start."""
         self._lock = asyncio.Lock()
         for name, source in self._sources.items():
-            self._models[name] = Model(source.loaded, self._settings)
+            self._models[name] = Model(source.loaded, self._settings, self._metrics)
             await self._models[name].start()
 
     async def stop(self) -> None:
@@ -95,7 +95,7 @@ class Registry:
             began = time.monotonic()
             try:
                 loaded = await asyncio.to_thread(source.load)
-                fresh = Model(loaded, self._settings)
+                fresh = Model(loaded, self._settings, self._metrics)
                 await fresh.start()
             except Exception as error:
                 log.exception("model %s was not reloaded; the old one stays", name)
@@ -104,7 +104,7 @@ class Registry:
                 raise ApiError(409, message, "reload_failed", "model") from error
             old, self._models[name] = self._models[name], fresh
             self._sources[name] = Source(loaded, source.load)
-            self.reloads += 1
+            self._metrics.add("vlp_model_reloads_total", model=name)
             log.info("model %s reloaded in %.1f s, weights %s", name, time.monotonic() - began, loaded.digest[:12])
             task = asyncio.create_task(_retire(old))
             self._retiring.add(task)

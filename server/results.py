@@ -31,13 +31,15 @@ class _Computing:
 class Results(Generic[K]):
     """What was computed lately or is being computed now. Belongs to one event loop."""
 
-    def __init__(self, submit: Callable[[Sequence[Any]], Awaitable[list[Answer]]], most: int) -> None:
-        """`submit` computes items in order; `most`: rows kept, 0 keeps none."""
-        self._submit, self._most = submit, most
+    def __init__(
+        self, submit: Callable[[Sequence[Any]], Awaitable[list[Answer]]], most: int,
+        count: Callable[[str], None] = lambda _how: None,
+    ) -> None:  # fmt: skip
+        """`submit` computes items in order; `most`: rows kept, 0 keeps none; `count` is told how each item was had:
+        `computed`, `joined` to another request's, or `kept`."""
+        self._submit, self._most, self._count = submit, most, count
         self._kept: OrderedDict[K, Row] = OrderedDict()
         self._now: dict[K, tuple[_Computing, int]] = {}
-        self.hits = self.joined = self.computed = 0
-        """Items answered from memory, together with another request's, and by the model."""
 
     async def get(self, keys: Sequence[K], items: Sequence[Any]) -> list[Answer]:
         """One row or BadSample per item, in order; equal keys mean equal items. Raises what `submit` raises."""
@@ -48,12 +50,12 @@ class Results(Generic[K]):
             if key in self._kept:
                 self._kept.move_to_end(key)
                 found[key] = self._kept[key]
-                self.hits += 1
+                self._count("kept")
             elif (place := self._now.get(key)) is not None:
                 places[key] = place
-                self.joined += 1
+                self._count("joined")
             else:
-                self.joined += key in new
+                self._count("joined" if key in new else "computed")
                 new.setdefault(key, item)
         if new:
             places |= self._begin(new)
@@ -62,7 +64,6 @@ class Results(Generic[K]):
         return [found[key] for key in keys]
 
     def _begin(self, new: dict[K, Any]) -> dict[K, tuple[_Computing, int]]:
-        self.computed += len(new)
         computing = _Computing(asyncio.create_task(self._compute(new)), tuple(new))
         places = {key: (computing, at) for at, key in enumerate(new)}
         self._now |= places

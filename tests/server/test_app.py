@@ -21,7 +21,7 @@ from torch import Tensor
 from data_pipelines.errors import BadSample
 from server.app import create_app
 from server.engine import Engine, Vectors
-from server.settings import Batching, Limits, Settings, hash_key
+from server.settings import Batching, Key, Limits, Settings, hash_key
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "openapi.json"
 
@@ -195,7 +195,7 @@ def test_an_endless_body_is_read_no_further_than_the_limit(serving: Any, engine:
         port = int(url.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-            raw.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 10000000000\r\n\r\n")
+            raw.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10000000000\r\n\r\n")
             sent = 0
             try:
                 while sent < 100_000_000:
@@ -208,7 +208,7 @@ def test_an_endless_body_is_read_no_further_than_the_limit(serving: Any, engine:
 def test_a_body_that_never_ends_gets_408(serving: Any, engine: FakeEngine) -> None:
     with serving(create_app(Settings(limits=Limits(read_seconds=0.3)), as_engine(engine))) as url:
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as raw:
-            raw.sendall(b'POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"inp')
+            raw.sendall(b'POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"inp')
             assert raw.recv(4096).startswith(b"HTTP/1.1 408")
         assert ask(url).status_code == 200
 
@@ -228,7 +228,7 @@ def test_what_a_decoder_says_stays_inside(serving: Any, engine: FakeEngine) -> N
     assert "leak" not in answer.text
 
 
-KEYED = Settings(key_hashes=(hash_key("first"), hash_key("second")))
+KEYED = Settings(keys=tuple(Key(name=name, sha256=hash_key(name), scope="admin") for name in ("first", "second")))
 
 
 @pytest.mark.parametrize(
