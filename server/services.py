@@ -11,6 +11,7 @@ from starlette.requests import Request
 from server.catalogue import Collections
 from server.detecting import Detecting
 from server.label_sets import LabelSets
+from server.fetching import Fetcher
 from server.metrics import Metrics, write_state
 from server.model import Model, patiently
 from server.rates import Buckets
@@ -38,6 +39,7 @@ class Services:
         self.metrics = metrics or Metrics()
         self.keys = settings.keys
         """May be exchanged while the server runs."""
+        self.fetcher = Fetcher(settings.fetch) if settings.fetch else None
         self.buckets = Buckets(1 / settings.workers)
         self.on_reload: Callable[[str], None] = lambda _name: None
         """Told the name of a model that was reloaded here, so that other workers can follow."""
@@ -57,6 +59,8 @@ class Services:
         """End threads and close the collections."""
         if self._sharing is not None:
             self._sharing.cancel()
+        if self.fetcher is not None:
+            self.fetcher.close()
         await self.registry.stop()
         await self.collections.stop()
 

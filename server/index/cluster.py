@@ -230,6 +230,10 @@ class ClusterStore:
         except ValidationError as error:
             raise PipelineError(f"{self._shown}: collection {name!r} was made by another version of vlp") from error
 
+    def info(self, name: str) -> IndexInfo:
+        """What a collection holds. Raises PipelineError."""
+        return self.open(name).info
+
     def open(self, name: str) -> ClusterIndex:
         """A collection. Raises PipelineError."""
         info = self._info(name) if self._asked(lambda: self._client.collection_exists(name)) else None

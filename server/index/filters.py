@@ -24,6 +24,8 @@ KINDS: Mapping[FieldKind, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "bool"),
 }
 """Kind -> Python types of its values, and what users are told."""
+MOST_VALUES = 10_000
+"""In one list of a filter."""
 BOUNDS = ("gte", "gt", "lte", "lt")
 
 
@@ -72,6 +74,8 @@ def _check_match(field: str, value: Any, kind: FieldKind) -> None:
     if kind == "float":
         raise FilterError(field, f"field {field!r} holds fractions: ask for a range, for example {{'gte': 0.5}}")
     several = isinstance(value, Sequence) and not isinstance(value, str)
+    if several and len(value) > MOST_VALUES:
+        raise FilterError(field, f"field {field!r}: {len(value)} values, at most {MOST_VALUES}")
     values = list(value) if several else [value]
     if not values or not all(is_of(kind, item) for item in values) or (several and kind == "bool"):
         wanted = "true or false" if kind == "bool" else f"{KINDS[kind][1]} or a list of them"

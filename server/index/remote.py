@@ -31,7 +31,7 @@ from server.index import (
     Where,
     check_filter,
 )
-from server.index.edge import EXACT_BELOW, SHARD_NAME, write_info
+from server.index.edge import EXACT_BELOW, SHARD_NAME, read_info, write_info
 from server.index.wire import pack_points, receive, send, unpack_hits, unpack_points
 
 log = logging.getLogger(__name__)
@@ -290,5 +290,7 @@ class EdgeProcess:
         self._closed = True
         if (made := self._made) is not None:
             made.process.kill()
-        with self._compacting, self._state:
+        with self._compacting, self._writing, self._state:
             self._engine.close()
+            if read_info(self._folder) != self._info:
+                write_info(self._folder, self._info)  # how many points there are, for lists of closed collections

@@ -5,13 +5,16 @@ import shutil
 import tempfile
 import uuid
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from data_pipelines.errors import PipelineError
 from data_pipelines.files import fsync_dir
 from server.index import Index, IndexInfo
-from server.index.edge import INFO
+from server.index.edge import INFO, read_info
 from server.index.remote import EdgeProcess, create_empty
+
+if TYPE_CHECKING:
+    from server.index.scan import ScanIndex
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 """Names of collections: safe as folder names and in URLs."""
@@ -25,6 +28,9 @@ class Store(Protocol):
     def names(self) -> list[str]:
         """Collections there, sorted."""
 
+    def info(self, name: str) -> IndexInfo:
+        """What a collection holds, without opening it. Raises PipelineError."""
+
     def open(self, name: str) -> Index:
         """A collection. Raises PipelineError when it is not there or cannot be opened."""
 
@@ -36,6 +42,13 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Let go of what the store itself holds."""
+
+
+def open_embedded(folder: Path) -> "ScanIndex":
+    """The collection in a folder: in an engine process, and scanned in memory as long as it is small."""
+    from server.index.scan import ScanIndex  # brings torch
+
+    return ScanIndex(EdgeProcess(folder))
 
 
 class FolderStore:
@@ -54,13 +67,17 @@ class FolderStore:
         found = (path.name for path in self._root.iterdir() if (path / INFO).is_file())
         return sorted(name for name in found if NAME.fullmatch(name))
 
-    def open(self, name: str) -> EdgeProcess:
+    def info(self, name: str) -> IndexInfo:
+        """index.json of a collection."""
+        return read_info(self._root / name)
+
+    def open(self, name: str) -> "ScanIndex":
         """A collection in an engine process of its own."""
         if not NAME.fullmatch(name):
             raise PipelineError(f"{name!r} is no name of a collection")
-        return EdgeProcess(self._root / name)
+        return open_embedded(self._root / name)
 
-    def create(self, name: str, info: IndexInfo) -> EdgeProcess:
+    def create(self, name: str, info: IndexInfo) -> "ScanIndex":
         """A new collection: made aside, then renamed."""
         target = self._root / name
         if target.exists():
@@ -77,7 +94,7 @@ class FolderStore:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         fsync_dir(self._root)
-        return EdgeProcess(target)
+        return open_embedded(target)
 
     def drop(self, name: str) -> None:
         """Out of sight at once, then deleted."""

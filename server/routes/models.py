@@ -37,7 +37,7 @@ async def get_model(request: Request) -> Response:
 
 
 def _card(services: Services, model: Model) -> dict[str, Any]:
-    capabilities = ["embed", "image_embed", "classify", *(["search"] if services.index is not None else [])]
+    capabilities = ["embed", "image_embed", "classify", *(["search"] if services.collections.search_possible else [])]
     guard = {} if model.guarding is None else {"guard": model.guarding.state()}
     return {
         **guard,

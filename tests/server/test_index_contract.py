@@ -16,8 +16,8 @@ import pytest
 from server.index import FilterError, Index, IndexInfo, NoKeywords, Point, PointId, as_id
 from server.index.cluster import ClusterStore
 from server.index.edge import create_index, open_index
+from server.index.remote import EdgeProcess, create_empty
 from server.index.scan import ScanIndex
-from server.index.stores import FolderStore
 
 DIM = 24
 FIELDS: dict[str, Any] = {"source": "keyword", "n": "integer", "price": "float", "flag": "bool", "exif.iso": "integer"}
@@ -41,7 +41,8 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
             edge = create_index(tmp_path / "edge", info)
             index = edge if request.param == "edge" else ScanIndex(edge)
         elif request.param == "process":
-            index = FolderStore(tmp_path / "store").create(name, info)
+            create_empty(tmp_path, info)
+            index = EdgeProcess(tmp_path)
         else:
             index = of_cluster(name, info)
         made.append(index)
