@@ -233,7 +233,8 @@ def _no_answer() -> ApiError:
 def model_of(registry: Registry, info: IndexInfo, wanted: str | None = None) -> Model:
     """The model that made a collection's vectors; `wanted` has to be that one. Raises ApiError 409, or 400."""
     for model in registry.all():
-        made_it = model.dim == info.dim and info.weights_sha256 in ("", model.digest)
+        unknown = not info.weights_sha256 or not model.digest  # then the width is all there is to compare
+        made_it = model.dim == info.dim and (unknown or info.weights_sha256 == model.digest)
         if made_it and wanted in (None, "", model.name):
             return registry.get(model.name)
     if wanted:

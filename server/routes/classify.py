@@ -28,7 +28,7 @@ BODIES = (ClassifyRequest,)
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "picture": {"image": "iVBORw0KGgo...", "labels": ["cat", "dog"], "templates": ["a photo of a {}"], "top_k": 1},
-    "open": {"images": ["iVBORw0KGgo..."], "label_set": "animals", "unknown": {"prompts": ["a wall"], "min_cosine": 0.2}},
+    "open": {"images": ["iVBORw0KGgo..."], "label_set": "animals", "unknown": {"prompts": ["sky"], "min_cosine": 0.2}},
 }
 
 

@@ -14,11 +14,11 @@ from starlette.responses import Response
 
 from server.answers import json_answer
 from server.batcher import Row
+from server.catalogue import model_of
 from server.errors import ApiError, bad_request
 from server.index import Hit, Index, as_id
 from server.inputs import see_pictures
 from server.limits import read_json
-from server.model import Model
 from server.schemas import body_of
 from server.schemas.clip_retrieval import KnnHit, KnnRequest, Metadata, MetadataRequest
 from server.schemas.items import check_text
@@ -34,7 +34,7 @@ SAME = 0.94
 @router.get("/indices-list", response_model=list[str])
 async def indices_list(request: Request) -> Response:
     """Names of all collections; the first is the default."""
-    return json_answer(services_of(request).collections.names())
+    return json_answer(await services_of(request).collections.names())
 
 
 @router.post(
@@ -47,7 +47,7 @@ async def knn_service(request: Request) -> Response:
     services = services_of(request)
     limits = services.settings.limits
     wanted = await read_json(request, KnnRequest, limits)
-    index = services.collections.index(wanted.indice_name or None)
+    index = await _index(services, wanted.indice_name)
     if wanted.modality != index.info.modality:
         message = f"modality: this index was made of {index.info.modality} vectors, not of {wanted.modality} ones"
         raise bad_request(message, "modality")
@@ -77,7 +77,7 @@ async def metadata(request: Request) -> Response:
     services = services_of(request)
     limits = services.settings.limits
     wanted = await read_json(request, MetadataRequest, limits)
-    index = services.collections.index(wanted.indice_name or None)
+    index = await _index(services, wanted.indice_name)
     if len(wanted.ids) > limits.hits:
         raise bad_request(f"ids: {len(wanted.ids)} ids, at most {limits.hits}", "ids", "too_many_items")
     try:
@@ -88,11 +88,17 @@ async def metadata(request: Request) -> Response:
     return json_answer([{"id": point.id, "metadata": _columns(point.payload)} for point in points])
 
 
+async def _index(services: Services, name: str | None) -> Index:
+    """The index of that name, the first for none. Raises ApiError 404."""
+    names = [] if name else await services.collections.names()
+    return await services.collections.get(name or next(iter(names), None))
+
+
 async def _query(services: Services, index: Index, wanted: KnnRequest) -> Row:
     """The vector to search with. Raises ApiError."""
     if not (wanted.text or wanted.image or wanted.image_url) and wanted.embedding_input is not None:
         return _given(wanted.embedding_input, index.info.dim)
-    model = _model_of(services, index)
+    model = model_of(services.registry, index.info)
     if wanted.text:
         check_text(wanted.text, "text", services.settings.limits)
         rows_ND, _ = await model.embed_texts([wanted.text])
@@ -114,21 +120,12 @@ def _given(numbers: Sequence[float], dim: int) -> Row:
     if len(numbers) != dim:
         raise bad_request(f"{name}: {len(numbers)} numbers, the index has vectors of {dim}", name)
     vector_D = np.array(numbers, np.float64)
-    norm = float(np.linalg.norm(vector_D))
-    if not np.isfinite(norm) or norm == 0:
+    largest = float(np.abs(vector_D).max())
+    if not np.isfinite(largest) or largest == 0:
         raise bad_request(f"{name}: the vector is zero or not finite", name)
-    unit_D: Row = (vector_D / norm).astype(np.float32)
+    vector_D /= largest  # so that squares neither overflow nor vanish
+    unit_D: Row = (vector_D / np.linalg.norm(vector_D)).astype(np.float32)
     return unit_D
-
-
-def _model_of(services: Services, index: Index) -> Model:
-    """The model that made the vectors of an index. Raises ApiError 409 when it is not served."""
-    info = index.info
-    for model in services.registry.all():
-        if model.dim == info.dim and (not info.weights_sha256 or info.weights_sha256 == model.digest):
-            return services.model(model.name)
-    message = f"the model {info.model!r} that made this index is not served here: send embedding_input instead"
-    raise ApiError(409, message, "model_mismatch", "indice_name")
 
 
 def _columns(payload: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """clip-retrieval's back end. Its clients send every key, null or "" for what they do not use."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from server.schemas import Answer, Body
 
@@ -28,18 +28,13 @@ class KnnRequest(Body):
     use_safety_model: bool = False
     use_violence_detector: bool = False
     use_mclip: bool = False
-    aesthetic_score: int | Literal[""] | None = None
-    aesthetic_weight: float | Literal[""] | None = None
+    aesthetic_score: int | None = None
+    aesthetic_weight: float | None = None
 
-    @field_validator("modality", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _default_modality(cls, given: object) -> object:
-        return given or "image"
-
-    @field_validator("deduplicate", "use_safety_model", "use_violence_detector", "use_mclip", mode="before")
-    @classmethod
-    def _off(cls, given: object) -> object:
-        return False if given is None or given == "" else given
+    def _empty_is_absent(cls, given: Any) -> Any:
+        return {name: value for name, value in given.items() if value != ""} if isinstance(given, dict) else given
 
 
 class KnnHit(Answer):
