@@ -105,7 +105,8 @@ def unit(numbers: Sequence[float], dim: int, param: str) -> Row:
     if len(numbers) != dim:
         raise bad_request(f"{param}: {len(numbers)} numbers, the collection has vectors of {dim}", param)
     vector_D = np.array(numbers, np.float64)
-    length = float(np.linalg.norm(vector_D))
+    with np.errstate(over="ignore"):
+        length = float(np.linalg.norm(vector_D))
     if not 1e-30 < length < 1e30:
         raise bad_request(f"{param}: the vector is zero, or not finite", param)
     unit_D: Row = (vector_D / length).astype(np.float32)

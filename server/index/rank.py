@@ -117,6 +117,7 @@ def spread(found: Sequence[Ranked], limit: int, diversity: float) -> list[Ranked
     """Maximal marginal relevance (Carbonell and Goldstein, 1998), one by one:
 
     (1 - diversity) x score, brought to 0..1 over the candidates, - diversity x cosine to the nearest chosen one.
+    Without bringing it there, pictures' cosines to each other (about .8) would outweigh those to a text (about .3).
     """
     if not found:
         return []

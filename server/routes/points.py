@@ -35,6 +35,8 @@ BODIES = (UpsertRequest, SelectRequest, DeleteRequest)
 PATH = "/v1/collections/{collection}/points"
 RESPONSES: dict[int | str, dict[str, Any]] = {**ERRORS, **UNKNOWN}
 PAGE = 1000
+"""Points per step of a deletion by filter."""
+PAGE_SHOWN = 100
 DEPTH = 32
 """How deep payloads may be nested."""
 UPSERT = {"points": [{"id": 1, "image": "iVBORw0KGgo...", "payload": {"caption": "a red circle", "source": "me"}}]}
@@ -116,10 +118,10 @@ def _outcomes(
 
 @router.get(PATH, response_model=PointList, responses=RESPONSES)
 async def list_points(
-    request: Request, ids: str | None = None, after: str | None = None, limit: str = "100", vectors: str = "false"
+    request: Request, ids: str | None = None, after: str | None = None, limit: str | None = None, vectors: str = "false"
 ) -> Response:
     """Points by `ids` (comma-separated), or a page of all of them."""
-    given: dict[str, Any] = {"limit": limit, "vectors": vectors}
+    given: dict[str, Any] = {"limit": limit, "vectors": vectors}  # as strings, which the schema reads
     if ids is not None:
         given["ids"] = [_number(part.strip()) for part in ids.split(",") if part.strip()]
     if after is not None:
@@ -147,8 +149,9 @@ async def select_points(request: Request) -> Response:
 
 async def _select(request: Request, services: Services, wanted: SelectRequest) -> Response:
     most = services.settings.limits.points
-    if wanted.limit > most or len(wanted.ids or ()) > most:
-        name = "limit" if wanted.limit > most else "ids"
+    limit = wanted.limit or min(PAGE_SHOWN, most)
+    if limit > most or len(wanted.ids or ()) > most:
+        name = "limit" if limit > most else "ids"
         raise bad_request(f"{name}: at most {most} points per request", name, "too_many_items")
     index = await services.collections.get(request.path_params["collection"])
     following: PointId | None = None
@@ -157,7 +160,7 @@ async def _select(request: Request, services: Services, wanted: SelectRequest) -
         points = await services.in_thread(lambda: index.get(ids, vectors=wanted.vectors))
     else:
         points, following = await services.in_thread(
-            lambda: index.scroll(wanted.after, wanted.limit, wanted.filter, vectors=wanted.vectors)
+            lambda: index.scroll(wanted.after, limit, wanted.filter, vectors=wanted.vectors)
         )
     return json_answer({"data": [shown(point) for point in points], "next": following})
 

@@ -47,7 +47,9 @@ class CreateCollection(Body):
     fields: dict[FieldName, FieldKind] = Field(
         default={}, max_length=64, description="Payload fields that searches may filter by. Payloads may hold others."
     )
-    captions: str = Field(default="caption", max_length=128, description="Payload field keywords search; empty for none.")
+    captions: str = Field(
+        default="caption", max_length=128, description="Payload field keywords search; empty for none."
+    )
     language: Language = Field(default="english", description="Of the captions: its stop words and word endings.")
     modality: Literal["image", "text"] = Field(default="image", description="What the vectors are of.")
     model: str | None = Field(default=None, description="Model of the vectors; the default model when absent.")
@@ -128,7 +130,7 @@ class SelectRequest(Body):
     ids: list[Id] | None = None
     filter: Filter | None = Field(default=None, description=FILTER)
     after: Id | None = Field(default=None, description="`next` of the page before.")
-    limit: int = Field(default=100, ge=1)
+    limit: int | None = Field(default=None, ge=1, description="Points per page; 100 when absent.")
     vectors: bool = False
 
     @model_validator(mode="after")

@@ -1,5 +1,6 @@
 """/v1/collections over a real socket, with embedded collections in engine processes of their own."""
 
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -185,17 +186,24 @@ def test_keywords_alone_and_fused(filled: httpx2.Client) -> None:
     assert search(filled, text="red", keywords=f"number{last}", share=1.0, limit=1)[0]["id"] == near[0]
 
 
-def test_diversity_spreads_the_results(filled: httpx2.Client) -> None:
-    plain = search(filled, text="red", limit=6, vectors=True)
-    spread = search(filled, text="red", limit=6, vectors=True, mmr={"diversity": 0.8})
-    assert spread[0]["id"] == plain[0]["id"], "the best stays first"
+def test_diversity_spreads_the_results(api: httpx2.Client) -> None:
+    """Two directions near the query, three twins in each: by likeness twins come together, spread out they do not."""
+    api.post("/collections", json={"name": "twins"})
+    rows = np.zeros((6, 16))
+    rows[:, 0] = [2.00, 1.99, 1.98, 1.5, 1.49, 1.48]
+    rows[:3, 1] = rows[3:, 2] = 1
+    points = [{"id": n, "vector": row.tolist()} for n, row in enumerate(rows)]
+    api.post("/collections/twins/points", json={"points": points})
+    asked = {"vector": [1.0] + [0.0] * 15, "limit": 4}
 
-    def likeness(hits: list[dict[str, Any]]) -> float:
-        rows = np.array([hit["vector"] for hit in hits])
-        return float((rows @ rows.T)[np.triu_indices(len(rows), 1)].mean())
+    def ids(**extra: Any) -> list[int]:
+        return [hit["id"] for hit in api.post("/collections/twins/search", json={**asked, **extra}).json()["hits"]]
 
-    assert likeness(spread) < likeness(plain) - 0.01
-    assert "vector" not in search(filled, text="red", mmr={}, limit=1)[0]
+    assert ids() == ids(mmr={"diversity": 0}) == [0, 1, 2, 3]
+    assert ids(mmr={"diversity": 0.9})[:2] == [0, 3]
+    hits = api.post("/collections/twins/search", json={**asked, "mmr": {}}).json()["hits"]
+    assert "vector" not in hits[0]
+    api.delete("/collections/twins")
 
 
 def test_points_are_replaced_selected_and_deleted(api: httpx2.Client) -> None:
@@ -207,7 +215,7 @@ def test_points_are_replaced_selected_and_deleted(api: httpx2.Client) -> None:
     answer = api.put("/collections/many/points", json={"points": points}).json()
     made = answer["data"][-1]["id"]
     assert answer["data"][-2]["id"] == mine
-    assert uuid.UUID(made)
+    assert str(uuid.UUID(made)) == made
     assert api.get("/collections/many/points", params={"ids": f"{mine},3"}).json()["data"] == [
         {"id": mine, "payload": {"deep": {"list": [1, None, "\u732b"]}}},
         {"id": 3, "payload": {"n": 3}},
@@ -376,7 +384,7 @@ def test_a_missing_point_as_query_is_404(filled: httpx2.Client) -> None:
 
 
 def test_there_may_be_no_more_collections_than_the_limit(api: httpx2.Client) -> None:
-    made = []
+    made: list[str] = []
     while (answer := api.post("/collections", json={"name": f"extra{len(made)}"})).status_code == 201:
         made.append(f"extra{len(made)}")
         assert len(made) <= LIMITS.collections
@@ -402,25 +410,19 @@ def test_collections_outlive_the_server(bundle_folder: Path, serving: Any, tmp_p
 
 
 def test_without_a_store_collections_cannot_be_made(
-    bundle_folder: Path, index_folder: Path, serving: Any, http: httpx2.Client
+    bundle_folder: Path, index_folder: Path, serving: Any, http: httpx2.Client, tmp_path: Path
 ) -> None:
     settings = Settings()
     engine = BundleEngine(load_bundle(bundle_folder), settings.limits)
-    import shutil
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = shutil.copytree(index_folder, Path(scratch) / "index")
-        with serving(create_app(settings, engine, open_index(folder))) as url:
-            answer = http.post(f"{url}/v1/collections", json={"name": "new"})
-            assert (answer.status_code, answer.json()["error"]["code"]) == (409, "no_store")
-            assert "--collections" in answer.json()["error"]["message"]
-            answer = http.delete(f"{url}/v1/collections/default")
-            assert (answer.status_code, answer.json()["error"]["code"]) == (409, "not_droppable")
-            assert http.get(f"{url}/v1/collections/default").json()["points"] == 60
-            body = {"points": [{"id": 1000, "text": "red", "payload": {"key": "new"}}]}
-            assert http.post(f"{url}/v1/collections/default/points", json=body).json()["upserted"] == 1
-            assert (
-                http.post(f"{url}/v1/search", json={"text": "red", "filter": {"key": "new"}}).json()["hits"][0]["id"]
-                == 1000
-            )
+    folder = shutil.copytree(index_folder, tmp_path / "index")  # the other one may be open
+    with serving(create_app(settings, engine, open_index(folder))) as url:
+        answer = http.post(f"{url}/v1/collections", json={"name": "new"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "no_store")
+        assert "--collections" in answer.json()["error"]["message"]
+        answer = http.delete(f"{url}/v1/collections/default")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "not_droppable")
+        assert http.get(f"{url}/v1/collections/default").json()["points"] == 60
+        body = {"points": [{"id": 1000, "text": "red", "payload": {"key": "new"}}]}
+        assert http.post(f"{url}/v1/collections/default/points", json=body).json()["upserted"] == 1
+        (hit,) = http.post(f"{url}/v1/search", json={"text": "red", "filter": {"key": "new"}}).json()["hits"]
+        assert hit["id"] == 1000
