@@ -17,7 +17,7 @@ from server.inputs import see_pictures
 from server.limits import read_json
 from server.model import Model, Seen
 from server.schemas import ERRORS, body_of
-from server.schemas.classify import UNKNOWN, ClassifyRequest, ClassifyResponse, Labelled, Unknown
+from server.schemas.classify import UNKNOWN, ClassifyRequest, ClassifyResponse, Unknown, inputs_of
 from server.schemas.items import check_text
 from server.schemas.label_sets import check_prompts
 from server.services import Services, services_of
@@ -44,8 +44,8 @@ async def classify(request: Request) -> Response:
     limits = services.settings.limits
     wanted = await read_json(request, ClassifyRequest, limits)
     model = services.model(wanted.model)
-    labels, templates = await labels_of(services, wanted)
-    inputs = wanted.inputs()
+    labels, templates = await labels_of(services, wanted.labels, wanted.templates, wanted.label_set)
+    inputs = inputs_of(wanted.image, wanted.images)
     check_count(inputs, limits)
     others = wanted.unknown.prompts if wanted.unknown else []
     _check_unknown(wanted.unknown, labels, limits)
@@ -65,20 +65,24 @@ async def classify(request: Request) -> Response:
     return json_answer({"model": model.name, "data": data})
 
 
-async def labels_of(services: Services, wanted: Labelled, most: int | None = None) -> tuple[list[str], list[str]]:
+async def labels_of(
+    services: Services,
+    labels: list[str] | None,
+    templates: list[str] | None,
+    label_set: str | None,
+    most: int | None = None,
+) -> tuple[list[str], list[str]]:
     """(labels, templates) of a request or of the set it names. Raises ApiError 400, 404.
 
     `most`: prompts that labels given in the request may make; default: as many texts as fit into one.
     """
-    if wanted.label_set is not None:
-        name = wanted.label_set
-        found = await services.in_thread(lambda: services.label_sets.get(name))
+    if label_set is not None:
+        found = await services.in_thread(lambda: services.label_sets.get(label_set))
         return [*found.labels], [*found.templates]
-    assert wanted.labels is not None
-    templates = wanted.templates or ["{}"]
+    assert labels is not None
     limits = services.settings.limits
-    check_prompts(wanted.labels, templates, limits, most or limits.texts)
-    return wanted.labels, templates
+    check_prompts(labels, templates or ["{}"], limits, most or limits.texts)
+    return labels, templates or ["{}"]
 
 
 def check_count(inputs: Sequence[tuple[str, str]], limits: Limits) -> None:

@@ -16,6 +16,7 @@ from server.limits import read_json
 from server.model import Model, Seen
 from server.routes.classify import check_count, labels_of
 from server.schemas import ERRORS, body_of
+from server.schemas.classify import inputs_of
 from server.schemas.detect import DetectRequest, DetectResponse
 from server.services import Services, services_of
 from server.settings import Limits
@@ -24,6 +25,7 @@ router = APIRouter(tags=["native"])
 BODIES = (DetectRequest,)
 
 OPTIONS = ("threshold", "top_k", "nms")
+SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
 @router.post(
@@ -38,9 +40,11 @@ async def detect(request: Request) -> Response:
     limits = services.settings.limits
     wanted = await read_json(request, DetectRequest, limits)
     model = services.model(wanted.model)
-    labels, templates = await labels_of(services, wanted, limits.detect_prompts)
+    labels, templates = await labels_of(
+        services, wanted.labels, wanted.templates, wanted.label_set, limits.detect_prompts
+    )
     check_detection(len(labels) * len(templates), wanted.top_k, limits)
-    inputs = wanted.inputs()
+    inputs = inputs_of(wanted.image, wanted.images)
     check_count(inputs, limits)
     options = {name: value for name in OPTIONS if (value := getattr(wanted, name)) is not None}
     if wanted.templates is not None or wanted.label_set is not None:
@@ -93,6 +97,3 @@ def check_detection(prompts: int, top_k: int | None, limits: Limits) -> None:
 
 def _object(one: Any) -> dict[str, Any]:
     return {"label": one.label, "score": one.score, "box": dict(zip(SIDES, one.box, strict=True))}
-
-
-SIDES = ("xmin", "ymin", "xmax", "ymax")

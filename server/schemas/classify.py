@@ -1,5 +1,7 @@
 """POST /v1/classify: zero-shot classification of pictures."""
 
+from typing import Annotated
+
 from pydantic import Field, model_validator
 
 from server.schemas import Answer, Body, ErrorObject, GuardVerdict
@@ -8,44 +10,40 @@ from server.schemas.label_sets import check_labels, check_templates
 UNKNOWN = "unknown"
 
 
-class Pictures(Body):
-    """One `image` or several `images`."""
-
-    image: str | None = Field(default=None, description="base64 or data URI")
-    images: list[str] | None = Field(default=None, min_length=1)
-
-    @model_validator(mode="after")
-    def _one_or_several(self) -> "Pictures":
-        if (self.image is None) == (self.images is None):
-            raise ValueError('give either "image" or "images"')
-        return self
-
-    def inputs(self) -> list[tuple[str, str]]:
-        """(parameter, picture) of all pictures in order."""
-        if self.images is None:
-            assert self.image is not None
-            return [("image", self.image)]
-        return [(f"images[{number}]", value) for number, value in enumerate(self.images)]
+Image = Annotated[str | None, Field(default=None, description="base64 or data URI")]
+Images = Annotated[list[str] | None, Field(default=None, min_length=1)]
+Labels = Annotated[
+    list[str] | None, Field(default=None, min_length=1, description="What to choose from, or label_set.")
+]
+Templates = Annotated[
+    list[str] | None,
+    Field(default=None, min_length=1, description='Prompts of the labels, averaged; {} is the label. Default: ["{}"].'),
+]
+LabelSetName = Annotated[str | None, Field(default=None, description="A set made by POST /v1/label-sets.")]
 
 
-class Labelled(Body):
-    """The labels to choose from: given here, or a set made by POST /v1/label-sets."""
+def check_pictures(image: str | None, images: list[str] | None) -> None:
+    """One picture or several. Raises ValueError."""
+    if (image is None) == (images is None):
+        raise ValueError('give either "image" or "images"')
 
-    labels: list[str] | None = Field(default=None, min_length=1)
-    templates: list[str] | None = Field(
-        default=None, min_length=1, description='Prompts, averaged; {} is the label. Default: ["{}"].'
-    )
-    label_set: str | None = None
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "Labelled":
-        if (self.labels is None) == (self.label_set is None):
-            raise ValueError('give either "labels" or "label_set"')
-        if self.label_set is not None and self.templates is not None:
-            raise ValueError('templates belong to the label set: leave them out, or give "labels"')
-        check_labels(self.labels or [])
-        check_templates(self.templates or [])
-        return self
+def check_choice(labels: list[str] | None, templates: list[str] | None, label_set: str | None) -> None:
+    """Labels given here, or a set by name. Raises ValueError."""
+    if (labels is None) == (label_set is None):
+        raise ValueError('give either "labels" or "label_set"')
+    if label_set is not None and templates is not None:
+        raise ValueError('templates belong to the label set: leave them out, or give "labels"')
+    check_labels(labels or [])
+    check_templates(templates or [])
+
+
+def inputs_of(image: str | None, images: list[str] | None) -> list[tuple[str, str]]:
+    """(parameter, picture) of all pictures in order."""
+    if images is None:
+        assert image is not None
+        return [("image", image)]
+    return [(f"images[{number}]", value) for number, value in enumerate(images)]
 
 
 class Unknown(Body):
@@ -66,12 +64,23 @@ class Unknown(Body):
         return self
 
 
-class ClassifyRequest(Pictures, Labelled):
-    """Pictures, and the labels to choose from."""
+class ClassifyRequest(Body):
+    """One `image` or several `images`, and the labels to choose from."""
 
+    image: Image
+    images: Images
+    labels: Labels
+    templates: Templates
+    label_set: LabelSetName
     top_k: int | None = Field(default=None, ge=1, description="Best labels to return; all when absent.")
     unknown: Unknown | None = Field(default=None, description="Let a picture be none of the labels.")
     model: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ClassifyRequest":
+        check_pictures(self.image, self.images)
+        check_choice(self.labels, self.templates, self.label_set)
+        return self
 
 
 class Prediction(Answer):

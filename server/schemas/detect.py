@@ -1,20 +1,31 @@
 """POST /v1/detect: objects in pictures, by any names."""
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from server.schemas import Answer, ErrorObject, GuardVerdict
-from server.schemas.classify import Labelled, Pictures
+from server.schemas import Answer, Body, ErrorObject, GuardVerdict
+from server.schemas.classify import Image, Images, Labels, LabelSetName, Templates, check_choice, check_pictures
 
 
-class DetectRequest(Pictures, Labelled):
-    """Pictures, and what to look for."""
+class DetectRequest(Body):
+    """One `image` or several `images`, and what to look for."""
 
+    image: Image
+    images: Images
+    labels: Labels
+    templates: Templates
+    label_set: LabelSetName
     threshold: float | None = Field(default=None, ge=0, lt=1, description="Lowest score; default 0.05.")
     top_k: int | None = Field(default=None, ge=1, description="Most objects per picture; default 100.")
     nms: float | None = Field(
         default=None, ge=0, le=1, description="IoU above which the worse of two boxes of one label goes; default 0.5."
     )
     model: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DetectRequest":
+        check_pictures(self.image, self.images)
+        check_choice(self.labels, self.templates, self.label_set)
+        return self
 
 
 class Box(Answer):

@@ -91,9 +91,11 @@ class PixelBox(Answer):
     ymax: int
 
 
-class LabelBox(LabelScore):
+class LabelBox(Answer):
     """One object."""
 
+    label: str
+    score: float | None
     box: PixelBox
 
 

@@ -49,9 +49,14 @@ class LabelSetCard(Answer):
     created: int
 
 
-class LabelSetContent(LabelSetCard):
+class LabelSetContent(Answer):
     """A set."""
 
+    name: str
+    object: Literal["label_set"] = "label_set"
+    count: int
+    templates: list[str]
+    created: int
     labels: list[str]
 
 
