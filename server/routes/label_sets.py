@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.answers import json_answer
+from server.errors import ApiError
 from server.label_sets import LabelSet
 from server.limits import read_json
 from server.schemas import ERRORS, ErrorBody, body_of
@@ -48,6 +49,9 @@ async def create(request: Request) -> Response:
     wanted = await read_json(request, LabelSetRequest, limits)
     model = services.model(wanted.model)
     check_prompts(wanted.labels, wanted.templates, limits, limits.set_prompts)
+    if services.settings.workers > 1 and services.settings.label_sets is None:
+        message = "the workers of this server keep no label sets together: start it with --label-sets FOLDER"
+        raise ApiError(409, message, "label_sets_not_kept")
     fresh = LabelSet(
         name=wanted.name, labels=tuple(wanted.labels), templates=tuple(wanted.templates), created=int(time.time())
     )

@@ -200,6 +200,15 @@ def test_label_sets_outlive_the_server_and_are_replaced_on_demand_only(
         assert http.get(f"{other}/v1/label-sets/a").status_code == 404
 
 
+def test_workers_without_a_common_folder_keep_no_label_sets(
+    http: httpx2.Client, bundle_folder: Path, serving: Any
+) -> None:
+    settings = Settings(workers=2)
+    with serving(create_app(settings, BundleEngine(load_bundle(bundle_folder), settings.limits))) as url:
+        refused = http.post(f"{url}/v1/label-sets", json={"name": "a", "labels": ["x"]})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "label_sets_not_kept")
+
+
 def test_there_are_only_so_many_label_sets(sets: str, http: httpx2.Client) -> None:
     for name in ("a", "b"):
         assert http.post(f"{sets}/v1/label-sets", json={"name": name, "labels": ["x"]}).status_code == 201
