@@ -6,7 +6,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test bench-data prove-data bench-train prove-train bench-backdoor bench-detection prove-trust claims format clean
+.PHONY: help setup demo test clients openapi bench-data prove-data bench-train prove-train bench-backdoor bench-detection \
+  prove-trust claims format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -37,7 +38,7 @@ $(STAMP): pyproject.toml
 demo: setup  ## fetch real data, train from scratch, evaluate, report, serve, ask the server (<= 12 minutes)
 	$(call step,demo,$(BIN)/vlp demo --run-dir runs/demo)
 
-test: setup  ## everything CI runs: format, lint, types, quick tests, wheel, wheel smoke
+test: setup clients  ## everything CI runs: format, lint, types, quick tests, wheel, wheel smoke
 	$(call step,format,$(BIN)/ruff format --check .)
 	$(call step,lint,$(BIN)/ruff check .)
 	$(call step,types,$(BIN)/mypy)
@@ -57,6 +58,23 @@ $(PEERS_STAMP): $(STAMP)
 	  $(PYTHON) -m venv $(PEERS)/img2dataset; \
 	  $(PEERS)/img2dataset/bin/python -m pip install --disable-pip-version-check img2dataset==1.47.0)
 	@touch $@
+
+CLIENTS = $(PEERS)/clients
+CLIENTS_STAMP = $(CLIENTS)/.ready
+
+clients: $(CLIENTS_STAMP)  ## others' clients in an environment of their own, for the tests that ask our server with them
+
+# clip-retrieval without what it depends on: its client is one file, and the rest wants numpy 1.
+$(CLIENTS_STAMP): $(STAMP)
+	$(call step,other clients,$(PYTHON) -m venv $(CLIENTS); \
+	  $(CLIENTS)/bin/python -m pip install --disable-pip-version-check 'cohere<7' langchain-openai langchain-cohere voyageai \
+	    llama-index-embeddings-jinaai llama-index-embeddings-openai-like llama-index-embeddings-cohere \
+	    llama-index-embeddings-text-embeddings-inference; \
+	  $(CLIENTS)/bin/python -m pip install --disable-pip-version-check --no-deps clip-retrieval==2.45.0)
+	@touch $@
+
+openapi:  ## accept the interface as it is now: writes tests/golden/openapi.json
+	VLP_ACCEPT=1 $(BIN)/python -m pytest -q tests/server/test_app.py -k openapi
 
 ROWS ?=
 ONLY ?=

@@ -1,38 +1,70 @@
 """create_app: settings, engine and index in, a FastAPI application out. Importing this module starts nothing."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from types import ModuleType
 from typing import Any
 
 from fastapi import Depends, FastAPI
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
-from server.auth import require_key
+from server.auth import needs
+from server.catalogue import DEFAULT, INDEX_ERRORS, Collections, on_index_error
+from server.dialects import on_api_error, on_http_error
 from server.engine import Engine
-from server.errors import ApiError, on_api_error, on_http_error
+from server.errors import ApiError
 from server.guarding import Guarding
 from server.index import Index
+from server.metrics import Metrics
 from server.middleware import RequestContext
-from server.routes import classify, embeddings, health, models, search
-from server.schemas.classify import ClassifyRequest
-from server.schemas.embeddings import EmbeddingsRequest
-from server.schemas.search import SearchRequest
+from server.model import Loaded
+from server.registry import Registry, Source
+from server.routes import (
+    classify,
+    clip_retrieval,
+    cohere,
+    collections,
+    compare,
+    detect,
+    embeddings,
+    health,
+    huggingface,
+    label_sets,
+    models,
+    operations,
+    points,
+    points_search,
+    search,
+    tei,
+)
 from server.services import Services
 from server.settings import Settings
 
-BODIES = (ClassifyRequest, EmbeddingsRequest, SearchRequest)
-"""Requests that routes parse themselves, so that FastAPI does not know them."""
+KEYED: tuple[ModuleType, ...] = (
+    embeddings, classify, detect, compare, label_sets, search, collections, points, points_search, models, cohere,
+    tei, huggingface, clip_retrieval,
+)  # fmt: skip
+"""Routes that need a key, in the order of the document. A module's BODIES are the requests that it parses itself;
+its `writing` router, where there is one, holds those that change what is kept."""
 
 
 def create_app(
-    settings: Settings, engine: Engine, index: Index | None = None, guarding: Guarding | None = None
-) -> FastAPI:
-    """The application. Threads start with its lifespan; the index is closed at its end.
+    settings: Settings, sources: Engine | Sequence[Source], index: Index | None = None,
+    guarding: Guarding | None = None, kept: Collections | None = None,
+) -> FastAPI:  # fmt: skip
+    """The application. Threads start with its lifespan; collections are closed at its end.
 
-    A guard has to watch the engine's own bundle.
+    `sources`: one engine, or several models that can be reloaded; the first is the default. `guarding` goes with an
+    engine and has to watch its own bundle; a Source has its own. `index` is a default collection without a store.
     """
-    services = Services(settings, engine, index, guarding)
+    if not isinstance(sources, Sequence):
+        sources = [Source(Loaded(sources, guarding))]
+    metrics = Metrics()
+    if kept is None:
+        kept = Collections(None, {} if index is None else {DEFAULT: index})
+    services = Services(settings, Registry(settings, sources, metrics), kept, metrics)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -54,10 +86,21 @@ def create_app(
     app.state.services = services
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(HTTPException, on_http_error)
-    app.add_middleware(RequestContext, most=settings.limits.requests)
+    for kind in INDEX_ERRORS:
+        app.add_exception_handler(kind, on_index_error)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=["X-Request-Id", "X-Guard-Flagged", "X-Guard-Score", "Retry-After"],
+        )  # fmt: skip
+    app.add_middleware(RequestContext, services=services)
     app.include_router(health.router)
-    for module in (embeddings, classify, search, models):
-        app.include_router(module.router, dependencies=[Depends(require_key)])
+    app.include_router(operations.router)
+    for module in KEYED:
+        app.include_router(module.router, dependencies=[Depends(needs("read"))])
+        if hasattr(module, "writing"):
+            app.include_router(module.writing, dependencies=[Depends(needs("write"))])
     _document_bodies(app)
     return app
 
@@ -68,8 +111,9 @@ def _document_bodies(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         document = plain()
+        bodies = [body for module in KEYED for body in getattr(module, "BODIES", ())]
         _, definitions = models_json_schema(
-            [(body, "validation") for body in BODIES], ref_template="#/components/schemas/{model}"
+            [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
         )
         document["components"]["schemas"].update(definitions["$defs"])
         return document

@@ -6,8 +6,10 @@ BadSample; a step that fails is repeated item by item, so that only the guilty o
 
 import asyncio
 import logging
+import math
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +31,11 @@ Row = NDArray[np.float32]
 
 
 class Overloaded(Exception):
-    """The queue has no room for this request."""
+    """The queue has no room for this request; `seconds` may be enough to wait."""
+
+    def __init__(self, seconds: float = 1.0) -> None:
+        super().__init__()
+        self.seconds = seconds
 
 
 class WorkerStopped(Exception):
@@ -114,8 +120,16 @@ class Batcher(Generic[Raw, Ready]):
         wait_ms: float,
         threads: int,
         chunk: int,
+        patience: float = math.inf,
+        observe: Callable[[int, float], None] = lambda _items, _seconds: None,
     ) -> None:
-        """`limit`: items accepted at a time. `size`: items per step. `chunk`: items per call of `prepare`."""
+        """`limit`: items accepted at a time. `size`: items per step. `chunk`: items per call of `prepare`.
+
+        `patience`: seconds that items accepted before may be expected to take. `observe`: told of every step.
+        """
+        self._patience, self._observe = patience, observe
+        self._pace = 0.0
+        self._idle_since = 0.0
         self._prepare, self._step, self._worker = prepare, step, worker
         self._limit, self._size, self._wait, self._chunk = limit, size, wait_ms / 1000, chunk
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="vlp-prepare")
@@ -142,16 +156,39 @@ class Batcher(Generic[Raw, Ready]):
         return self._task is not None and not self._task.done()
 
     @property
+    def accepted(self) -> int:
+        """Items that are waiting for their answer."""
+        return self._accepted
+
+    @property
     def full(self) -> bool:
         """Whether the next item would be refused."""
         return self._accepted >= self._limit
 
+    @property
+    def backlog(self) -> float:
+        """Seconds until everything accepted is answered, at the pace of the last steps."""
+        return self._accepted * self._pace
+
+    def warmed(self) -> None:
+        """Forget the pace of steps that were only a warm-up."""
+        self._pace = 0.0
+
+    @property
+    def excess(self) -> float:
+        """Seconds after which one more item would be accepted; 0 when it would be now."""
+        if self._accepted < self._limit and self.backlog <= self._patience:
+            return 0.0
+        return max(self.backlog - self._patience, self._pace, 0.001)
+
     async def submit(self, items: Sequence[Raw]) -> list[Row | BadSample]:
         """One row or BadSample per item, in order. Raises Overloaded, WorkerStopped, or what the model raised."""
-        if self._accepted + len(items) > self._limit:
-            raise Overloaded
+        if self._accepted + len(items) > self._limit or self.backlog > self._patience:
+            raise Overloaded(self.excess)
         if not self.alive or not self._worker.alive:
             raise WorkerStopped
+        if not self._accepted:
+            self._idle_since = time.monotonic()
         self._accepted += len(items)
         try:
             chunks = [items[at : at + self._chunk] for at in range(0, len(items), self._chunk)]
@@ -203,6 +240,7 @@ class Batcher(Generic[Raw, Ready]):
         return batch
 
     async def _run_batch(self, batch: list[_Job[Ready]]) -> None:
+        began = time.monotonic()
         try:
             rows = await self._worker.run(partial(self._step, [job.item for job in batch]))
         except Exception as error:  # noqa: BLE001 - handed to the requests that wait for these items
@@ -214,6 +252,15 @@ class Batcher(Generic[Raw, Ready]):
                 if not job.future.done():
                     job.future.set_exception(error)
             return
+        self._measure(len(batch), began)
         for job, row in zip(batch, rows, strict=True):
             if not job.future.done():
                 job.future.set_result(row)
+
+    def _measure(self, items: int, began: float) -> None:
+        """Pace: time from the end of one step to the end of the next, preparation included, while there was work."""
+        now = time.monotonic()
+        seconds = (now - self._idle_since) / items
+        self._pace = seconds if not self._pace else 0.8 * self._pace + 0.2 * seconds
+        self._idle_since = now
+        self._observe(items, now - began)

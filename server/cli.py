@@ -1,30 +1,23 @@
 """`vlp serve` and `vlp index build`. Heavy imports wait until a command runs."""
 
-import asyncio
 import importlib.util
-import ipaddress
-import os
-import signal
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from data_pipelines.console import CONTEXT, Group, command, emit, json_option, progress
 from data_pipelines.errors import PipelineError
-from server.settings import Settings, hash_key
-
-if TYPE_CHECKING:
-    import uvicorn
-
-    from server.index import IndexInfo
+from server.browsers import is_loopback
+from server.keys import ENVIRONMENT as KEYS
+from server.keys import add_key, read_file, read_keys, remove_key
+from server.logs import configure
+from server.serving import Launch, start
+from server.settings import BACKENDS, SCOPES, Rate, Scope, Settings
 
 FOLDER = click.Path(path_type=Path)
-KEYS = "VLP_API_KEYS"
-DRAIN_SECONDS = 20
 
 
 @command(
@@ -33,94 +26,75 @@ DRAIN_SECONDS = 20
 \b
   vlp serve runs/demo
   vlp serve runs/demo --index index --port 0
+  vlp serve small=runs/small large=runs/large --backend auto --workers 2
   vlp serve runs/demo --guard guard.safetensors
+  vlp keys new web --file keys.json; vlp serve runs/demo --host 0.0.0.0 --keys keys.json
   {KEYS}=secret vlp serve runs/demo --host 0.0.0.0"""
 )
-@click.argument("bundle", type=FOLDER)
+@click.argument("bundles", nargs=-1, required=True, metavar="[NAME=]BUNDLE...")
 @click.option("--index", "index_folder", type=FOLDER, help="Index made by `vlp index build`; enables /v1/search.")
 @click.option("--guard", "guard_file", type=FOLDER, help="File made by `vlp guard`; flags pictures with triggers.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free port.")
 @click.option("--device", default="auto", show_default=True, help="torch device, for example cuda")
-@click.option("--allow-open", is_flag=True, help=f"Listen beyond this machine without API keys ({KEYS}).")
+@click.option(
+    "--backend", default="torch", show_default=True, type=click.Choice(BACKENDS),
+    help="What runs the models; auto measures what is installed and takes the fastest that is right.",
+)  # fmt: skip
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 256), help="Processes on the port.")
+@click.option("--keys", "key_file", type=FOLDER, help=f"File made by `vlp keys new`; also {KEYS}=key1,key2.")
+@click.option("--allow-open", is_flag=True, help="Listen beyond this machine without API keys.")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Requests per second and key, or address.")
+@click.option("--allow-host", "hosts", multiple=True, help="Host header to answer to; repeatable, * for any.")
+@click.option("--cors", "origins", multiple=True, help="Origin whose pages may ask, as https://a.example; repeatable.")
+@click.option("--fetch", is_flag=True, help="Fetch pictures given as URLs, from public addresses only.")
+@click.option("--audit", type=FOLDER, help="File that gets a hash-chained line per change; `vlp keys audit` checks it.")
+@click.option("--docs/--no-docs", default=None, help="/docs and /openapi.json; by default on a loopback address only.")
+@click.option("--log-format", default="text", show_default=True, type=click.Choice(["text", "json"]))
+@click.option("--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"]))
+@click.option("--drain-wait", default=0.5, show_default=True, help="Seconds from SIGTERM to closing the port.")
 @json_option
 def serve(
-    bundle: Path, index_folder: Path | None, guard_file: Path | None, host: str, port: int, device: str,
-    allow_open: bool, as_json: bool,
+    bundles: tuple[str, ...], index_folder: Path | None, guard_file: Path | None, host: str, port: int, device: str,
+    backend: str, workers: int, key_file: Path | None, allow_open: bool, rate: float | None, hosts: tuple[str, ...],
+    origins: tuple[str, ...], fetch: bool, audit: Path | None, docs: bool | None, log_format: str, log_level: str,
+    drain_wait: float, as_json: bool,
 ) -> None:  # fmt: skip
-    """Serve BUNDLE over HTTP: /v1/embeddings, /v1/classify, /v1/search, /docs."""
-    keys = [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
+    """Serve one or several BUNDLEs over HTTP: /v1/embeddings, /v1/classify, /v1/search, /metrics, /docs.
+
+    SIGTERM drains and stops; SIGHUP reads keys and bundles again.
+    """
+    keys = read_keys(key_file)
     if not (keys or allow_open or is_loopback(host)):
         raise PipelineError(
-            f"--host {host} would open the server to others without a key: set {KEYS}=key1,key2, or add --allow-open"
+            f"--host {host} would open the server to others without a key: make one with `vlp keys new NAME --file F` "
+            f"and add --keys F, set {KEYS}=key1,key2, or add --allow-open"
         )
+    if workers > 1 and index_folder is not None:
+        raise PipelineError("--index is open in one process only: leave out --workers, or use a Qdrant server")
     _require_extra()
-    settings = Settings(host=host, port=port, key_hashes=tuple(hash_key(key) for key in keys))
+    settings = Settings(
+        host=host, port=port, keys=keys, rate=Rate(per_second=rate, burst=max(1, round(2 * rate))) if rate else None,
+        hosts=hosts, cors_origins=origins, docs=is_loopback(host) if docs is None else docs, audit=audit, fetch=fetch,
+        workers=workers,
+    )  # fmt: skip
+    launch = Launch(settings, bundles, index_folder, guard_file, device, backend, drain_wait, key_file)
+    configure("json" if log_format == "json" else "text", log_level)
     with listen(host, port) as listener:
-        server, info = _prepare(settings, bundle, index_folder, guard_file, device, listener)
+        where = _where(host, listener)
 
-        def announce() -> None:
-            emit(info, as_json, _welcome(info, bool(keys)))
+        def announce(info: dict[str, Any]) -> None:
+            told = {**where, **info}
+            emit(told, as_json, _welcome(told, bool(keys)))
             sys.stdout.flush()
 
-        run_server(server, listener, announce)
+        start(launch, listener, announce)
 
 
-def _prepare(
-    settings: Settings, bundle: Path, index_folder: Path | None, guard_file: Path | None, device: str,
-    listener: socket.socket,
-) -> "tuple[uvicorn.Server, dict[str, Any]]":  # fmt: skip
-    """Everything loaded and checked: (the server, what to tell about it)."""
-    from server.index.edge import open_index
-
-    index = open_index(index_folder) if index_folder else None  # first, because importing torch takes seconds
-
-    import uvicorn
-
-    from server.app import create_app
-    from server.engine import BundleEngine
-    from server.guarding import Guarding
-    from vlp.backdoor.guard import Guard, load_guard
-    from vlp.bundle import load_bundle
-    from vlp.distributed import pick_device
-    from vlp.embed import weights_digest
-
-    model = load_bundle(bundle, pick_device(device))
-    engine = BundleEngine(model, settings.limits)
-    guarding = Guarding(Guard(*load_guard(guard_file, weights_digest(bundle)), model)) if guard_file else None
-    if index is not None:
-        check_same_model(index.info, engine.name, engine.dim, weights_digest(bundle))
-    config = uvicorn.Config(
-        create_app(settings, engine, index, guarding),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        lifespan="on",
-        timeout_graceful_shutdown=DRAIN_SECONDS,
-    )
+def _where(host: str, listener: socket.socket) -> dict[str, Any]:
     bound = listener.getsockname()[1]
-    shown = f"[{settings.host}]" if ":" in settings.host else settings.host
-    info = {
-        "url": f"http://{shown}:{bound}",
-        "host": settings.host,
-        "port": bound,
-        "model": engine.name,
-        "dim": engine.dim,
-        "points": index.info.points if index else None,
-        "guard": guarding.state() if guarding else None,
-    }
-    return uvicorn.Server(config), info
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    shown = f"[{host}]" if ":" in host else host
+    return {"url": f"http://{shown}:{bound}", "host": host, "port": bound}
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -142,41 +116,13 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def check_same_model(info: "IndexInfo", model: str, dim: int, digest: str) -> None:
-    """Raises PipelineError when another model made the vectors of an index: distances would mean nothing."""
-    if info.dim != dim or (info.weights_sha256 and info.weights_sha256 != digest):
-        raise PipelineError(
-            f"--index: made with model {info.model or 'unknown'!r} (width {info.dim}), but {model!r} (width {dim}) is "
-            "served and would not understand it: run `vlp embed` and `vlp index build` with this bundle"
-        )
-
-
-def run_server(server: "uvicorn.Server", listener: socket.socket, announce: Callable[[], None]) -> None:
-    """Serve until SIGINT or SIGTERM, then finish what was begun. `announce` is called once it answers."""
-    # uvicorn stops gracefully and then raises the signal once more, for handlers set before it: these end the process
-    # by returning, with exit code 0.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda _number, _frame: None)
-
-    async def main() -> None:
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        while not (server.started or serving.done()):
-            await asyncio.sleep(0.02)
-        if server.started:
-            announce()
-        await serving
-        if not server.started:
-            raise PipelineError("the server did not start; the log above says why")
-
-    asyncio.run(main())
-
-
 def _welcome(info: dict[str, Any], keyed: bool) -> list[str]:
     url = info["url"]
     key = " -H 'Authorization: Bearer KEY'" if keyed else ""
     post = f"curl -s{key} -H 'Content-Type: application/json' {url}"
+    names = ", ".join(f"{name!r} ({info['backends'][name]})" for name in info["models"])
     lines = [
-        f"serving {info['model']!r} (width {info['dim']}) at {url}   docs: {url}/docs   stop: Ctrl-C",
+        f"serving {names}, width {info['dim']}, at {url}   docs: {url}/docs   stop: Ctrl-C",
         f"""  {post}/v1/embeddings -d '{{"input": ["a red circle"]}}'""",
         f"""  {post}/v1/classify -d '{{"image": "'$(base64 -w0 PICTURE)'", "labels": ["cat", "dog"]}}'""",
     ]
@@ -189,7 +135,9 @@ def _welcome(info: dict[str, Any], keyed: bool) -> list[str]:
 
 def _require_extra() -> None:
     """Say what to install when the serve extra is missing."""
-    missing = [name for name in ("fastapi", "uvicorn", "qdrant_edge") if importlib.util.find_spec(name) is None]
+    missing = [
+        name for name in ("fastapi", "uvicorn", "httptools", "qdrant_edge") if importlib.util.find_spec(name) is None
+    ]
     if missing:
         raise PipelineError(f"{', '.join(missing)} not installed: pip install 'vlp[serve]'")
 
@@ -224,3 +172,59 @@ def build(embeddings: Path, out: Path, modality: str, fields: tuple[str, ...], a
         f"serve it: vlp serve BUNDLE --index {out}",
     ]
     emit({"out": str(out), **info.model_dump()}, as_json, lines)
+
+
+@click.group(cls=Group, context_settings=dict(CONTEXT))
+def keys() -> None:
+    """API keys of the server, and its audit log."""
+
+
+@keys.command(
+    epilog="""Example:
+
+\b
+  vlp keys new web --file keys.json --scope read --rate 10"""
+)
+@click.argument("name")
+@click.option("--file", "path", type=FOLDER, required=True, help="Made when it is not there.")
+@click.option("--scope", default="read", show_default=True, type=click.Choice(SCOPES), help="Includes those before it.")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Requests per second of this key.")
+@json_option
+def new(name: str, path: Path, scope: Scope, rate: float | None, as_json: bool) -> None:
+    """Make a key and print it, this once; the file keeps its hash. A running server takes it up on SIGHUP."""
+    value = add_key(path, name, scope, Rate(per_second=rate, burst=max(1, round(2 * rate))) if rate else None)
+    emit({"name": name, "scope": scope, "key": value}, as_json, [value])
+
+
+@keys.command()
+@click.argument("name")
+@click.option("--file", "path", type=FOLDER, required=True)
+def drop(name: str, path: Path) -> None:
+    """Take a key out of the file. A running server forgets it on SIGHUP."""
+    remove_key(path, name)
+
+
+@keys.command(name="list")
+@click.option("--file", "path", type=FOLDER, required=True)
+@json_option
+def list_keys(path: Path, as_json: bool) -> None:
+    """Names and scopes of the keys in a file."""
+    found = read_file(path)
+    emit(
+        {"keys": [{"name": key.name, "scope": key.scope} for key in found]},
+        as_json,
+        [f"{k.name}  {k.scope}" for k in found],
+    )
+
+
+@keys.command()
+@click.argument("log", type=FOLDER)
+@json_option
+def audit(log: Path, as_json: bool) -> None:
+    """Check that every line of an audit log follows from the one before; exit code 1 names the first that does not."""
+    from server.audit import verify
+
+    if not log.is_file():
+        raise PipelineError(f"no such file: {log}")
+    count = verify(log)
+    emit({"lines": count}, as_json, [f"{count} lines, none changed"])

@@ -1,19 +1,11 @@
-"""Errors as clients see them: OpenAI's shape, plus top-level `message` and `detail` for clients of TEI and Jina.
+"""Errors as clients see them; `dialects` writes them in the words of whoever asks.
 
 No body ever holds a traceback, a path or a key; what is unexpected goes to the log under the request's id.
 """
 
-import logging
 import math
-from http import HTTPStatus
-
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 
 from data_pipelines.errors import BadSample
-
-log = logging.getLogger(__name__)
 
 EXPLAINED = {
     "not_an_image": "these bytes are no JPEG, PNG, WebP or GIF picture",
@@ -45,15 +37,14 @@ class ApiError(Exception):
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"message": self.message, "type": kind, "param": self.param, "code": self.code}
 
-    def response(self) -> Response:
-        """The whole answer."""
+    def headers(self) -> dict[str, str]:
+        """Headers of the answer."""
         headers = {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
         if self.status in (408, 413):
             headers["Connection"] = "close"  # part of the body was never read
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        body = {"error": self.content(), "message": self.message, "detail": self.message}
-        return JSONResponse(body, self.status, headers=headers)
+        return headers
 
 
 def bad_request(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
@@ -64,23 +55,3 @@ def bad_request(message: str, param: str | None = None, code: str = "invalid_val
 def bad_item(error: BadSample, param: str) -> ApiError:
     """400 about one picture; the message names the reason, not what a decoder said."""
     return ApiError(400, f"{param}: {EXPLAINED.get(error.reason, 'this item cannot be used')}", error.reason, param)
-
-
-async def on_api_error(request: Request, error: Exception) -> Response:
-    """Handler for ApiError."""
-    assert isinstance(error, ApiError)
-    return error.response()
-
-
-async def on_http_error(request: Request, error: Exception) -> Response:
-    """Handler for what the router itself refuses: unknown path, wrong method."""
-    assert isinstance(error, HTTPException)
-    phrase = HTTPStatus(error.status_code).phrase
-    code = phrase.lower().replace(" ", "_")
-    message = {
-        404: f"no route {request.scope['path']!r}; see /docs or GET /v1/models",
-        405: f"{request.method} is not possible here",
-    }.get(error.status_code, phrase)
-    answer = ApiError(error.status_code, message, code).response()
-    answer.headers.update(error.headers or {})
-    return answer

@@ -1,7 +1,6 @@
 """The guard at work: verdicts on pictures, on their way to answers and headers, and how many there were."""
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +23,6 @@ class Verdict:
         return {"score": self.score, "flagged": self.flagged}
 
 
-VERDICTS: ContextVar[list[Verdict] | None] = ContextVar("VERDICTS", default=None)
-"""Those of the request that is being answered, in the order of its pictures; routes need not pass them on."""
-
-
 class Guarding:
     """A guard and its counts. Encoding is done by the model's thread, counting by the event loop."""
 
@@ -42,14 +37,11 @@ class Guarding:
         return np.column_stack([embedding_ND.numpy(), score_N.numpy()])
 
     def judge(self, score: float) -> Verdict:
-        """The verdict, counted and noted for the request."""
+        """The verdict, counted."""
         # NaN, from a picture that the model makes nothing of, is above no threshold and yet nothing to trust
         verdict = Verdict(score, not score <= self._guard.info.threshold)
         self.pictures += 1
         self.flagged += verdict.flagged
-        noted = VERDICTS.get()
-        if noted is not None:
-            noted.append(verdict)
         return verdict
 
     def state(self) -> dict[str, Any]:

@@ -48,7 +48,11 @@ def _too_large(limit: int) -> ApiError:
 
 async def read_json(request: Request, model: type[M], limits: Limits) -> M:
     """The body as `model`. Raises ApiError 400 naming the field at fault."""
-    body = await read_body(request, limits)
+    return validated(model, parse_object(await read_body(request, limits)))
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """A body as a JSON object. Raises ApiError 400."""
     try:
         content: Any = json.loads(body.decode("utf-8-sig"))
         if b"\\ud" in body.lower():  # an escape that may leave half a character, which nothing behind this could write
@@ -57,6 +61,11 @@ async def read_json(request: Request, model: type[M], limits: Limits) -> M:
         raise bad_request("the body is not valid JSON in UTF-8", code="invalid_json") from error
     if not isinstance(content, dict):
         raise bad_request(f"the body must be a JSON object, not {type(content).__name__}", code="invalid_json")
+    return content
+
+
+def validated(model: type[M], content: dict[str, Any]) -> M:
+    """A JSON object as `model`. Raises ApiError 400 naming the field at fault."""
     try:
         return model.model_validate(content)
     except ValidationError as error:

@@ -1,29 +1,57 @@
 """Around every request: an id, a bound on how many run at once, one log line, and no traceback outside."""
 
+import asyncio
+import datetime
 import logging
 import re
 import time
 import uuid
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.audit import AuditLog
+from server.browsers import accepted_hosts, host_name, security_headers
+from server.context import STATE, RequestState
+from server.dialects import answer
 from server.errors import ApiError
-from server.guarding import VERDICTS, Verdict, headers
+from server.guarding import headers
+from server.services import Services
 
 log = logging.getLogger("server.requests")
 
 GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-ALWAYS_ANSWERED = frozenset({"/healthz", "/readyz"})
+ALWAYS_ANSWERED = frozenset({"/healthz", "/health", "/livez", "/ping", "/readyz", "/readiness"})
+PROBES = frozenset({*ALWAYS_ANSWERED, "/metrics"})
+DRAIN_BYTES = 1_000_000
+"""What is read of a refused request's body, so that its client looks for the answer."""
+DRAIN_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class _Exchange:
+    """One request on its way through."""
+
+    scope: Scope
+    send: Send
+    state: RequestState
+    began: float
+    receive: Receive
+    status: int = 0
+    whole: bool = False
+    """Whether all of the body has been read."""
 
 
 class RequestContext:
     """ASGI middleware; counts the requests in progress."""
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        """`most`: requests in progress, beyond which a new one is refused before its body is read."""
+    def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app
-        self._most = most
+        self._services = services
+        self._most = services.settings.limits.requests
+        self._hosts = accepted_hosts(services.settings)
+        self._audit = AuditLog(services.settings.audit) if services.settings.audit else None
         self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -31,40 +59,114 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
-        status = 0
-        verdicts: list[Verdict] = []
-        VERDICTS.set(verdicts)
+        head = Headers(scope=scope)
+        given = head.get("x-request-id", "")
+        state = RequestState(given if GIVEN_ID.fullmatch(given) else uuid.uuid4().hex)
+        STATE.set(state)
+        exchange = _Exchange(scope, send, state, time.monotonic(), receive)
+
+        async def receive_noted() -> Message:
+            message = await receive()
+            exchange.whole = exchange.whole or not message.get("more_body", False)
+            return message
 
         async def send_marked(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                marked = MutableHeaders(scope=message)
-                marked["X-Request-Id"] = request_id
-                marked["X-Content-Type-Options"] = "nosniff"
-                marked.update(headers(verdicts))
-            await send(message)
+            await self._send(exchange, message)
 
-        began = time.monotonic()
         self._running += 1
         try:
-            if self._running > self._most and scope["path"] not in ALWAYS_ANSWERED:
-                refusal = ApiError(429, "too many requests are in progress; try again", "overloaded", retry_after=1)
-                await refusal.response()(scope, receive, send_marked)
+            refusal = self._refusal(scope["path"], head)
+            if refusal is None:
+                await self._app(scope, receive_noted, send_marked)
             else:
-                await self._app(scope, receive, send_marked)
+                await answer(refusal, scope["path"])(scope, receive, send_marked)
         except Exception:  # the last line of defence: the client gets an id, the log the traceback
-            log.exception("request %s failed", request_id)
-            if status:
+            log.exception("request %s failed", state.id)
+            if exchange.status:
                 raise  # part of an answer is out; the connection has to break
-            failure = ApiError(500, f"internal error; the log has it under request id {request_id}", "internal_error")
-            await failure.response()(scope, receive, send_marked)
+            failure = ApiError(500, f"internal error; the log has it under request id {state.id}", "internal_error")
+            await answer(failure, scope["path"])(scope, receive, send_marked)
         finally:
             self._running -= 1
-            seconds = time.monotonic() - began
-            log.info("%s %s %d %.1f ms id=%s", scope["method"], _route(scope), status, seconds * 1000, request_id)
+            state.release()
+            self._note(exchange)
+
+    def _refusal(self, path: str, head: Headers) -> ApiError | None:
+        """Why a request is not looked at; None when it is."""
+        if self._hosts is not None and host_name(head.get("host", "")) not in self._hosts:
+            message = "this server does not answer to that Host; start it with --allow-host NAME to change that"
+            return ApiError(400, message, "invalid_host")
+        if self._running > self._most and path not in ALWAYS_ANSWERED:
+            return ApiError(429, "too many requests are in progress; try again", "overloaded", retry_after=1)
+        return None
+
+    async def _send(self, exchange: _Exchange, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            state = exchange.state
+            exchange.status = message["status"]
+            if state.audited and self._audit is not None:
+                # before the answer: what was acknowledged has its line
+                await asyncio.to_thread(self._audit.append, _entry(exchange))
+            marked = MutableHeaders(scope=message)
+            if exchange.status >= 400 and not exchange.whole and not await _drain(exchange.receive):
+                marked["Connection"] = "close"  # or the rest of its body would be read, for as long as it comes
+            marked["X-Request-Id"] = state.id
+            for name, value in security_headers(exchange.scope["path"]).items():
+                marked.setdefault(name, value)
+            marked.update(headers(state.verdicts))
+            if self._services.draining:
+                marked["Connection"] = "close"  # so that its client comes back to a server that stays
+        await exchange.send(message)
+
+    def _note(self, exchange: _Exchange) -> None:
+        """Metrics and the log line. Of the client's words only the method, which the parser knows, is in them."""
+        scope, state, status = exchange.scope, exchange.state, exchange.status
+        seconds = time.monotonic() - exchange.began
+        route, method = _route(scope), scope["method"]
+        metrics = self._services.metrics
+        metrics.add("vlp_requests_total", route=route, method=method, status=str(status))
+        metrics.observe("vlp_request_seconds", seconds, route=route)
+        metrics.gauge("vlp_requests_running", self._running)
+        if status >= 400:
+            metrics.add("vlp_refusals_total", code=state.code or str(status))
+        fields = {
+            "request": state.id, "method": method, "route": route, "status": status,
+            "ms": round(seconds * 1000, 1), "client": state.client, "model": state.model, "code": state.code or None,
+        }  # fmt: skip
+        level = logging.DEBUG if route in PROBES and status < 400 else logging.INFO
+        log.log(
+            level, "%s %s %d %.1f ms id=%s client=%s", method, route, status, seconds * 1000, state.id, state.client,
+            extra={"fields": fields},
+        )  # fmt: skip
+
+
+async def _drain(receive: Receive) -> bool:
+    """Read a little of an unwanted body: most clients look for the answer once they have sent it. True at its end."""
+
+    async def read() -> bool:
+        total = 0
+        while total < DRAIN_BYTES:
+            message = await receive()
+            total += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return True
+        return False
+
+    try:
+        return await asyncio.wait_for(read(), DRAIN_SECONDS)
+    except asyncio.TimeoutError:
+        return False
+
+
+def _entry(exchange: _Exchange) -> dict[str, object]:
+    """A line of the audit log: who did what to what, and how it ended."""
+    scope, state = exchange.scope, exchange.state
+    now = datetime.datetime.now(datetime.timezone.utc)
+    target = {str(key): str(value)[:200] for key, value in scope.get("path_params", {}).items()}
+    return {
+        "time": now.isoformat(timespec="milliseconds"), "client": state.client, "method": scope["method"],
+        "route": _route(scope), "target": target, "status": exchange.status, "request": state.id,
+    }  # fmt: skip
 
 
 def _route(scope: Scope) -> str:

@@ -1,187 +1,101 @@
-"""What the routes share: the model behind its batchers, the index, and the truth about their health."""
+"""What the routes share: the models, the collections, and what is true of them together."""
 
 import asyncio
-import base64
 import logging
-import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
 
-import numpy as np
-import torch
 from starlette.requests import Request
-from torch import Tensor
 
-from data_pipelines.errors import BadSample
-from server.batcher import Batcher, Overloaded, Row, Worker, WorkerStopped
-from server.engine import Engine, Vectors
-from server.errors import ApiError, bad_request
-from server.guarding import Guarding, Verdict
-from server.index import Hit, Index, Value
+from server.catalogue import Collections
+from server.detecting import Detecting
+from server.label_sets import LabelSets
+from server.fetching import Fetcher
+from server.metrics import Metrics, write_state
+from server.model import Model, patiently
+from server.rates import Buckets
+from server.registry import Registry
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-CANARY_SECONDS = 5.0
-"""A model that does not answer one word within this time is not ready."""
-CANARY_REST = 1.0
-"""Seconds a good answer is believed, so that probing costs next to nothing."""
-DOT = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
-"""A PNG of one pixel, to warm up with."""
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """An embedded picture, and what the guard makes of it if there is one."""
-
-    row: Row
-    verdict: Verdict | None
-
-    def guard(self) -> dict[str, Any]:
-        """What a native answer says of it: nothing without a guard."""
-        return {} if self.verdict is None else {"guard": self.verdict.content()}
+SHARE_SECONDS = 1.0
+"""How old another worker's numbers may be."""
 
 
 class Services:
-    """One model, at most one index and one guard, ready to be asked by many requests at once."""
+    """Models and collections, ready to be asked by many requests at once."""
 
     def __init__(
-        self, settings: Settings, engine: Engine, index: Index | None = None, guarding: Guarding | None = None
+        self,
+        settings: Settings,
+        registry: Registry,
+        collections: Collections | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
-        self.settings, self.engine, self.index, self.guarding = settings, engine, index, guarding
-        self._worker = Worker()
-        batching = settings.batching
-        self._images: Batcher[bytes, Tensor] = Batcher(
-            self._prepare_images,
-            self._encode_images,
-            self._worker,
-            limit=max(batching.queue_images, settings.limits.images),
-            size=batching.size,
-            wait_ms=batching.wait_ms,
-            threads=batching.threads,
-            chunk=1,
-        )
-        self._texts: Batcher[Tensor, Tensor] = Batcher(
-            lambda rows: rows,
-            lambda rows: engine.encode_texts(torch.stack(list(rows))),
-            self._worker,
-            limit=max(batching.queue_texts, settings.limits.texts),
-            size=batching.size,
-            wait_ms=batching.wait_ms,
-            threads=1,
-            chunk=settings.limits.texts,
-        )
-        self._canary_at = -CANARY_REST
+        self.settings, self.registry, self.collections = settings, registry, collections or Collections()
+        self.metrics = metrics or Metrics()
+        self.keys = settings.keys
+        """May be exchanged while the server runs."""
+        self.fetcher = Fetcher(settings.fetch) if settings.fetch else None
+        self.buckets = Buckets(1 / settings.workers)
+        self.on_reload: Callable[[str], None] = lambda _name: None
+        """Told the name of a model that was reloaded here, so that other workers can follow."""
+        self._sharing: asyncio.Task[None] | None = None
+        self.label_sets = LabelSets(settings.label_sets, settings.limits.label_sets)
+        self.detecting = Detecting(settings)
+        self.draining = False
+        """Whether the server is about to end; readiness says so at once, requests are still answered."""
 
     async def start(self) -> None:
-        """Start the threads and run both towers once: a broken model stops the start, and no client pays for it."""
-        self._worker.start()
-        self._images.start()
-        self._texts.start()
-        await self._worker.run(self._canary)
-        (row,) = await self._images.submit([DOT])
-        if isinstance(row, BadSample):
-            raise row
+        """Start every model."""
+        await self.registry.start()
+        if self.settings.shared is not None:
+            self._sharing = asyncio.create_task(self._share(self.settings.shared))
 
     async def stop(self) -> None:
-        """End threads and close the index."""
-        await self._images.stop()
-        await self._texts.stop()
-        await asyncio.to_thread(self._worker.stop)
-        if self.index is not None:
-            self.index.close()
+        """End threads and close the collections."""
+        if self._sharing is not None:
+            self._sharing.cancel()
+        if self.fetcher is not None:
+            self.fetcher.close()
+        await self.registry.stop()
+        await self.collections.stop()
+
+    def model(self, wanted: str | None = None) -> Model:
+        """The model of that name, the default for none. Raises ApiError 400. Held until the answer is out."""
+        return self.registry.get(wanted)
 
     async def unready(self) -> str | None:
-        """Why requests cannot be answered now; None when the model has just answered a canary."""
-        if not (self._worker.alive and self._images.alive and self._texts.alive):
-            return "the model worker has stopped; restart the server"
-        if self._images.full or self._texts.full:
-            return "the queue is full"
-        if time.monotonic() - self._canary_at < CANARY_REST:
-            return None
-        try:
-            await asyncio.wait_for(self._worker.run(self._canary), CANARY_SECONDS)
-        except asyncio.TimeoutError:
-            return f"the model did not answer within {CANARY_SECONDS:g} s"
-        except Exception:  # whatever the model raised, it is not ready
-            log.exception("canary failed")
-            return "the model does not answer"
+        """Why requests cannot be answered now; None when every model has just answered a canary."""
+        if self.draining:
+            return "the server is stopping"
+        for model in self.registry.all():
+            if (reason := await model.unready()) is not None:
+                return reason if len(self.registry.all()) == 1 else f"{model.name}: {reason}"
         return None
 
-    def _canary(self) -> None:
-        rows = self.engine.encode_texts(self.engine.prepare_texts(["canary"]))
-        if not np.isfinite(rows).all():
-            raise ValueError("the model answers with NaN or infinity")
-        self._canary_at = time.monotonic()
+    def measure(self) -> None:
+        """Set the gauges to what is true now."""
+        for model in self.registry.all():
+            model.gauge()
+        self.metrics.gauge("vlp_ready", int(not self.draining))
+        self.metrics.process()
 
-    def _encode_images(self, pixels: Sequence[Tensor]) -> Vectors:
-        """ND, with a guard N(D+1)."""
-        pixels_NCHW = torch.stack(list(pixels))
-        if self.guarding is None:
-            return self.engine.encode_images(pixels_NCHW)
-        return self.guarding.encode(lambda: self.engine.encode_images(pixels_NCHW))
-
-    def _prepare_images(self, images: Sequence[bytes]) -> list[Tensor | BadSample]:
-        prepared: list[Tensor | BadSample] = []
-        for data in images:
+    async def _share(self, folder: Path) -> None:
+        while True:
+            self.measure()
             try:
-                prepared.append(self.engine.prepare_image(data))
-            except BadSample as error:
-                prepared.append(error)
-        return prepared
+                await asyncio.to_thread(write_state, folder, self.metrics)
+            except OSError:
+                log.exception("metrics are not shared with the other workers")
+            await asyncio.sleep(SHARE_SECONDS)
 
-    async def embed_images(self, images: Sequence[bytes]) -> list[Row | BadSample]:
-        """One row or BadSample per encoded picture; the guard's verdicts go into headers."""
-        return [item.row if isinstance(item, Seen) else item for item in await self.see_images(images)]
-
-    async def see_images(self, images: Sequence[bytes]) -> list[Seen | BadSample]:
-        """The same with the guard's verdicts, for answers that have a place for them."""
-        rows = await self._patiently(self._images.submit(images)) if images else []
-        return [row if isinstance(row, BadSample) else self._judged(row) for row in rows]
-
-    def _judged(self, row: Row) -> Seen:
-        if self.guarding is None:
-            return Seen(row, None)
-        return Seen(row[:-1], self.guarding.judge(float(row[-1])))
-
-    async def embed_texts(self, texts: Sequence[str]) -> tuple[Vectors, int]:
-        """(ND, tokens without padding)."""
-        if not texts:
-            return np.empty((0, self.engine.dim), np.float32), 0
-        tokens_NL = await asyncio.to_thread(self.engine.prepare_texts, texts)
-        rows = await self._patiently(self._texts.submit(list(tokens_NL)))
-        return np.stack([row for row in rows if not isinstance(row, BadSample)]), self.engine.count_tokens(tokens_NL)
-
-    async def run(self, function: Callable[[], T]) -> T:
-        """A short calculation with the model, in its thread."""
-        return await self._patiently(self._worker.run(function))
-
-    async def search(self, query: Row, limit: int, where: Mapping[str, Value], exact: bool) -> list[Hit]:
-        """Best hits of the index."""
-        index = self.index
-        assert index is not None
-        return await self._patiently(asyncio.to_thread(index.search, query, limit, where, exact))
-
-    async def _patiently(self, waiting: Awaitable[T]) -> T:
-        """Result within the time limit; refusals and failures as the answers clients should see."""
-        seconds = self.settings.limits.request_seconds
-        try:
-            return await asyncio.wait_for(waiting, seconds)
-        except Overloaded as error:
-            raise ApiError(429, "too much is waiting already; try again", "overloaded", retry_after=1) from error
-        except WorkerStopped as error:
-            raise ApiError(503, "the model worker has stopped", "unavailable", retry_after=10) from error
-        except asyncio.TimeoutError as error:
-            message = f"no answer within {seconds:g} s; send fewer items per request, or try again"
-            raise ApiError(503, message, "timeout", retry_after=1) from error
-
-    def check_model(self, wanted: str | None) -> None:
-        """Refuse a request for another model."""
-        if wanted not in (None, "", self.engine.name):
-            message = f"model {wanted!r} is not served here; this server has {self.engine.name!r}"
-            raise bad_request(message, "model", "model_not_found")
+    async def in_thread(self, function: Callable[[], T]) -> T:
+        """Result of a function that blocks, within the time a request may take."""
+        return await patiently(asyncio.to_thread(function), self.settings.limits.request_seconds)
 
 
 def services_of(request: Request) -> Services:

@@ -33,7 +33,8 @@ COMMANDS = {
     "audit": ("vlp.commands.audit:audit", "Ask whether a model is backdoored, for which label, with which trigger."),
     "guard": ("vlp.commands.guard:guard", "Learn how a bundle sees clean pictures, to flag triggered ones in use."),
     "index": ("server.cli:index", "Build a search index from an embed folder."),
-    "serve": ("server.cli:serve", "Serve a bundle over HTTP."),
+    "serve": ("server.cli:serve", "Serve bundles over HTTP."),
+    "keys": ("server.cli:keys", "API keys of the server, and its audit log."),
     "demo": ("vlp.commands.demo:demo", "The whole way on real data: shards, training, report, server."),
     "doctor": ("vlp.doctor:doctor", "Check versions, device and what is missing."),
 }

@@ -1,4 +1,4 @@
-"""Search in the index the server was started with."""
+"""Search in the default collection."""
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -7,27 +7,26 @@ from starlette.responses import Response
 from data_pipelines.errors import BadSample
 from server.answers import json_answer
 from server.batcher import Row
-from server.errors import ApiError, bad_item, bad_request
+from server.catalogue import model_of
+from server.errors import bad_item, bad_request
 from server.images import image_bytes
-from server.index import FilterError
 from server.limits import read_json
+from server.model import Model, Seen
 from server.schemas import ERRORS, ErrorBody, body_of
-from server.schemas.embeddings import check_text
+from server.schemas.items import check_text
 from server.schemas.search import SearchRequest, SearchResponse
-from server.services import Seen, Services, services_of
+from server.services import services_of
+from server.settings import Limits
 
 router = APIRouter(tags=["native"])
+BODIES = (SearchRequest,)
 
-NO_INDEX = (
-    "this server has no index: vlp embed BUNDLE --data SHARDS --out EMB; vlp index build EMB --out INDEX; "
-    "vlp serve BUNDLE --index INDEX"
-)
 
 
 @router.post(
     "/v1/search",
     response_model=SearchResponse,
-    responses={**ERRORS, 404: {"model": ErrorBody, "description": "The server was started without an index."}},
+    responses={**ERRORS, 404: {"model": ErrorBody, "description": "There is no default collection."}},
     openapi_extra=body_of(SearchRequest, text={"text": "a red circle", "limit": 5, "filter": {"source": "noto"}}),
 )
 async def search(request: Request) -> Response:
@@ -35,29 +34,25 @@ async def search(request: Request) -> Response:
     services = services_of(request)
     limits = services.settings.limits
     wanted = await read_json(request, SearchRequest, limits)
-    if services.index is None:
-        raise ApiError(404, NO_INDEX, "no_index")
-    services.check_model(wanted.model)
+    index = await services.collections.get()
+    model = model_of(services.registry, index.info, wanted.model)
     if wanted.limit > limits.hits:
         raise bad_request(f"limit: {wanted.limit} hits, at most {limits.hits}", "limit")
-    query = await _query(services, wanted)
+    query = await _query(model, wanted, limits)
     row, guard = (query.row, query.guard()) if isinstance(query, Seen) else (query, {})
-    try:
-        hits = await services.search(row, wanted.limit, wanted.filter or {}, wanted.exact)
-    except FilterError as error:
-        raise bad_request(f"filter: {error}", f"filter.{error.field}", "invalid_filter") from error
+    hits = await services.in_thread(lambda: index.search(row, wanted.limit, wanted.filter, wanted.exact))
     found = [{**hit.payload, "id": hit.id, "score": hit.score} for hit in hits]
-    return json_answer({"model": services.engine.name, "hits": found, **guard})
+    return json_answer({"model": model.name, "hits": found, **guard})
 
 
-async def _query(services: Services, wanted: SearchRequest) -> Row | Seen:
+async def _query(model: Model, wanted: SearchRequest, limits: Limits) -> Row | Seen:
     if wanted.image is not None:
-        (seen,) = await services.see_images([image_bytes(wanted.image, "image")])
+        (seen,) = await see_pictures(model, [("image", wanted.image)])
         if isinstance(seen, BadSample):
             raise bad_item(seen, "image")
         return seen
     assert wanted.text is not None
-    check_text(wanted.text, "text", services.settings.limits)
-    rows, _ = await services.embed_texts([wanted.text])
+    check_text(wanted.text, "text", limits)
+    rows, _ = await model.embed_texts([wanted.text])
     found: Row = rows[0]
     return found

@@ -2,13 +2,19 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Body(BaseModel):
-    """Base of all requests: unknown fields are accepted and ignored, because clients send extras."""
+    """Base of all requests: unknown fields are accepted and ignored, because clients send extras; null is absent,
+    because many of them send every field they know."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, given: Any) -> Any:
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 class Answer(BaseModel):

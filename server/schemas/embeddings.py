@@ -1,43 +1,77 @@
-"""POST /v1/embeddings, as OpenAI defines it, with the picture inputs of infinity, NV-CLIP and Jina."""
+"""POST /v1/embeddings as OpenAI defines it, with the inputs of infinity, NV-CLIP, Jina, llama-index, vLLM, Voyage."""
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, WithJsonSchema
+from pydantic import Field, WithJsonSchema, model_validator
 
 from server.errors import bad_request
-from server.images import is_data_uri
 from server.schemas import Answer, Body
+from server.schemas.items import (
+    CONTENT_SCHEMA,
+    ITEM_SCHEMA,
+    TOKEN_ADVICE,
+    Entry,
+    Modality,
+    check_fusion,
+    check_items,
+    read_content,
+    read_entry,
+)
 from server.settings import Limits
 
-ITEM_SCHEMA = {
-    "anyOf": [
-        {"type": "string", "description": "Text, or a picture as data:image/...;base64,..."},
-        {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
-        {
-            "type": "object",
-            "properties": {"image": {"type": "string", "description": "base64 or data URI"}},
-            "required": ["image"],
-        },
-    ]
-}
-INPUT_SCHEMA = {"anyOf": [*ITEM_SCHEMA["anyOf"], {"type": "array", "items": ITEM_SCHEMA, "minItems": 1}]}
-TOKEN_ADVICE = (
-    "token ids cannot be read here, because this model has its own vocabulary: send text "
-    "(in LangChain: check_embedding_ctx_length=False)"
-)
+ENTRY_SCHEMA = {"anyOf": [*ITEM_SCHEMA["anyOf"], CONTENT_SCHEMA]}
+INPUT_SCHEMA = {"anyOf": [*ENTRY_SCHEMA["anyOf"], {"type": "array", "items": ENTRY_SCHEMA, "minItems": 1}]}
+Encoding = Literal["float", "base64", "int8", "uint8", "binary", "ubinary"]
 
 
 class EmbeddingsRequest(Body):
-    """What to embed. `input` is taken apart by `read_items`, which gives better messages than a union type."""
+    """What to embed: `input`, or the `messages` of vLLM for one vector. Fields that nobody here knows are ignored."""
 
     input: Annotated[Any, WithJsonSchema(INPUT_SCHEMA)] = Field(default=None, description="One item or a list.")
+    messages: Annotated[Any, WithJsonSchema({"type": "array", "items": CONTENT_SCHEMA})] = Field(
+        default=None, description="Instead of input: the content of user messages, which gives one vector."
+    )
     model: str | None = None
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
-    modality: Literal["text", "image", "auto"] = "text"
-    """What a plain string is. A data:image/ URI is a picture in any case."""
+    encoding_format: Literal["float", "base64"] | None = None
+    embedding_type: Encoding | None = Field(default=None, description="Jina's word for encoding_format.")
+    encoding_type: Encoding | None = Field(default=None, description="llama-index' word for encoding_format.")
+    dimensions: int | None = Field(default=None, ge=0)
+    modality: Modality = "text"
+    """What a plain string is. A data:image/ URI is a picture in any case; `auto` takes addresses of pictures and
+    base64 of them for pictures."""
+    normalized: bool = True
+    fusion: Literal["mean"] | None = Field(
+        default=None, description="How several parts of one input become one vector."
+    )
     user: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EmbeddingsRequest":
+        given = {self.encoding_format, self.embedding_type, self.encoding_type} - {None}
+        if len(given) > 1:
+            raise ValueError(f"encoding_format, embedding_type and encoding_type disagree: {sorted(map(str, given))}")
+        if not self.normalized:
+            raise ValueError("normalized: vectors always have length 1 here; leave it out")
+        return self
+
+    def encoding(self) -> str:
+        """How vectors are to be written."""
+        return self.encoding_format or self.embedding_type or self.encoding_type or "float"
+
+
+class MultimodalRequest(Body):
+    """Voyage's: every input is a list of parts and gives one vector."""
+
+    inputs: Annotated[list[Any], WithJsonSchema({"type": "array", "items": CONTENT_SCHEMA, "minItems": 1})]
+    model: str | None = None
+    truncation: bool = True
+    """False refuses texts that are longer than the model's context, which are cut otherwise."""
+    output_encoding: Literal["base64"] | None = None
+    output_dtype: Encoding | None = None
+    output_dimension: int | None = Field(default=None, ge=0)
+    fusion: Literal["mean"] | None = Field(
+        default=None, description="How several parts of one input become one vector."
+    )
 
 
 class Embedding(Answer):
@@ -66,60 +100,63 @@ class EmbeddingsResponse(Answer):
     created: int
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One input: text, or a picture that is still base64."""
+class VoyageUsage(Answer):
+    """Text tokens; pixels are not counted and always 0."""
 
-    kind: Literal["text", "image"]
-    value: str
-    param: str
-    """Where it stands in the request."""
+    text_tokens: int
+    image_pixels: int = 0
+    video_pixels: int = 0
+    total_tokens: int
 
 
-def read_items(request: EmbeddingsRequest, limits: Limits) -> list[Item]:
-    """All inputs in order. Raises ApiError 400 naming the one at fault."""
+class MultimodalResponse(Answer):
+    """Vectors in the order of the input."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: VoyageUsage
+
+
+def read_entries(request: EmbeddingsRequest, limits: Limits) -> list[Entry]:
+    """All inputs in order, one per vector. Raises ApiError 400 naming the one at fault."""
     given = request.input
-    if given is None:
+    if given is None and request.messages is not None:
+        entries, where = [_of_messages(request.messages)], "messages"
+    elif given is None:
         raise bad_request("input is missing: send a text, a list of texts, or pictures", "input", "missing")
-    if isinstance(given, list):
+    elif isinstance(given, list):
+        where = "input"
         if not given:
             raise bad_request("input is an empty list", "input", "empty_input")
         if all(isinstance(part, int) for part in given):
             raise bad_request(TOKEN_ADVICE, "input", "token_ids")
-        items = [_item(part, f"input[{number}]", request.modality) for number, part in enumerate(given)]
+        entries = [read_entry(part, f"input[{number}]", request.modality) for number, part in enumerate(given)]
     else:
-        items = [_item(given, "input", request.modality)]
-    for kind, most in (("text", limits.texts), ("image", limits.images)):
-        found = sum(item.kind == kind for item in items)
-        if found > most:
-            raise bad_request(f"input holds {found} {kind}s, a request may hold {most}", "input", "too_many_items")
-    for item in items:
-        if item.kind == "text":
-            check_text(item.value, item.param, limits)
-    return items
+        entries, where = [read_entry(given, "input", request.modality)], "input"
+    check_items([item for entry in entries for item in entry], limits, where)
+    check_fusion(entries, request.fusion)
+    return entries
 
 
-def _item(part: Any, param: str, modality: str) -> Item:
-    if isinstance(part, str):
-        picture = modality == "image" or is_data_uri(part)
-        return _filled("image" if picture else "text", part, param)
-    if isinstance(part, dict):
-        given = [(kind, part[kind]) for kind in ("text", "image") if part.get(kind) is not None]
-        if len(given) != 1 or not isinstance(given[0][1], str):
-            raise bad_request(f'{param}: an object needs either "text" or "image", as a string', param, "invalid_item")
-        return _filled("text" if given[0][0] == "text" else "image", given[0][1], param)
-    if isinstance(part, list) and part and all(isinstance(number, int) for number in part):
-        raise bad_request(f"{param}: {TOKEN_ADVICE}", param, "token_ids")
-    raise bad_request(f'{param}: expected a string, {{"text": ...}} or {{"image": ...}}', param, "invalid_item")
+def _of_messages(given: Any) -> Entry:
+    """Everything that users say, as one input."""
+    if not isinstance(given, list) or not given:
+        raise bad_request("messages: expected a list of messages", "messages", "invalid_item")
+    parts: Entry = ()
+    for number, message in enumerate(given):
+        param = f"messages[{number}]"
+        if not isinstance(message, dict) or message.get("role", "user") != "user":
+            raise bad_request(f"{param}: only messages of the user can be embedded", param, "invalid_item")
+        parts += read_content(message.get("content"), f"{param}.content")
+    return parts
 
 
-def _filled(kind: Literal["text", "image"], value: str, param: str) -> Item:
-    if not value:
-        raise bad_request(f"{param} is empty", param, "empty_input")
-    return Item(kind, value, param)
-
-
-def check_text(text: str, param: str, limits: Limits) -> None:
-    """Refuse a text that is too long. Raises ApiError 400."""
-    if (length := len(text.encode())) > limits.text_bytes:
-        raise bad_request(f"{param}: {length} bytes of text, limit {limits.text_bytes}", param, "text_too_long")
+def read_inputs(request: MultimodalRequest, limits: Limits) -> list[Entry]:
+    """The inputs of Voyage's request. Raises ApiError 400."""
+    if not request.inputs:
+        raise bad_request("inputs is an empty list", "inputs", "empty_input")
+    entries = [read_entry(part, f"inputs[{number}]") for number, part in enumerate(request.inputs)]
+    check_items([item for entry in entries for item in entry], limits, "inputs")
+    check_fusion(entries, request.fusion)
+    return entries

@@ -41,3 +41,11 @@ class Health(Answer):
 
     status: str
     reason: str | None = None
+
+
+class Reloaded(Answer):
+    """A model that was exchanged."""
+
+    model: str
+    weights_sha256: str
+    dimensions: int

@@ -15,12 +15,13 @@ import httpx2
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipelines.errors import BadSample
 from server.app import create_app
 from server.engine import Engine, Vectors
-from server.settings import Batching, Limits, Settings, hash_key
+from server.settings import Batching, Key, Limits, Settings, hash_key
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "openapi.json"
 
@@ -28,7 +29,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "openapi.json"
 class FakeEngine:
     """Answers at once, or does what a test needs: wait, fail, end its thread, answer NaN."""
 
-    name, dim, created = "fake", 4, 1_700_000_000
+    name, dim, created, context = "fake", 4, 1_700_000_000, 8
 
     def __init__(self) -> None:
         self.mood = "well"
@@ -37,6 +38,9 @@ class FakeEngine:
 
     def prepare_texts(self, texts: Sequence[str]) -> Tensor:
         return torch.tensor([[len(text), 0] for text in texts])
+
+    def overlong(self, texts: Sequence[str]) -> list[bool]:
+        return [False] * len(texts)
 
     def prepare_image(self, data: bytes) -> Tensor:
         if data.startswith(b"bad"):
@@ -57,8 +61,8 @@ class FakeEngine:
             raise SystemExit
         return np.full((count, 4), np.nan if self.mood == "nan" else 0.5, np.float32)
 
-    def count_tokens(self, tokens_NL: Tensor) -> int:
-        return len(tokens_NL)
+    def count_tokens(self, tokens_NL: Tensor) -> NDArray[np.int64]:
+        return np.ones(len(tokens_NL), np.int64)
 
     def classify(self, images_ND: Vectors, prompts_PD: Vectors, labels: int) -> tuple[Vectors, Vectors]:
         found = np.full((len(images_ND), labels), np.inf, np.float32)
@@ -128,7 +132,7 @@ def test_overload_is_refused_quickly_and_says_when_to_come_back(serving: Any, en
     settings = Settings(limits=Limits(texts=4, images=1), batching=Batching(size=2, queue_texts=8, queue_images=1))
     with serving(create_app(settings, as_engine(engine))) as url, ThreadPoolExecutor(8) as pool:
         engine.gate.clear()
-        accepted = [pool.submit(ask, url, ["a"] * 4) for _ in range(2)]
+        accepted = [pool.submit(ask, url, [f"{n} {i}" for i in range(4)]) for n in range(2)]
         deadline = time.monotonic() + 10
         while httpx2.get(f"{url}/readyz").json().get("reason") != "the queue is full":
             assert time.monotonic() < deadline
@@ -191,7 +195,7 @@ def test_an_endless_body_is_read_no_further_than_the_limit(serving: Any, engine:
         port = int(url.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-            raw.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 10000000000\r\n\r\n")
+            raw.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10000000000\r\n\r\n")
             sent = 0
             try:
                 while sent < 100_000_000:
@@ -204,7 +208,7 @@ def test_an_endless_body_is_read_no_further_than_the_limit(serving: Any, engine:
 def test_a_body_that_never_ends_gets_408(serving: Any, engine: FakeEngine) -> None:
     with serving(create_app(Settings(limits=Limits(read_seconds=0.3)), as_engine(engine))) as url:
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as raw:
-            raw.sendall(b'POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"inp')
+            raw.sendall(b'POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"inp')
             assert raw.recv(4096).startswith(b"HTTP/1.1 408")
         assert ask(url).status_code == 200
 
@@ -224,7 +228,7 @@ def test_what_a_decoder_says_stays_inside(serving: Any, engine: FakeEngine) -> N
     assert "leak" not in answer.text
 
 
-KEYED = Settings(key_hashes=(hash_key("first"), hash_key("second")))
+KEYED = Settings(keys=tuple(Key(name=name, sha256=hash_key(name), scope="admin") for name in ("first", "second")))
 
 
 @pytest.mark.parametrize(

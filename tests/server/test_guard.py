@@ -1,7 +1,6 @@
 """`vlp serve --guard`: verdicts in answers and headers over a real socket, and none without it."""
 
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from click.testing import CliRunner
 from data_pipelines.records import Record
 from data_pipelines.write import WriteOptions, write_shards
 from server.app import create_app
-from server.cli import KEYS, _prepare, listen, serve
+from server.cli import KEYS, serve
 from server.engine import BundleEngine
 from server.guarding import Guarding
 from server.index.edge import open_index
+from server.serving import Launch, build_app
 from server.settings import Settings
 from vlp.backdoor.guard import Guard, Info, Profile, fit_guard, load_guard, save_guard
 from vlp.bundle import load_bundle, save_bundle
@@ -121,20 +121,13 @@ def test_verdicts_are_counted(guarded: str, http: httpx2.Client, b64: B64) -> No
     assert (after["mode"], after["fpr"]) == ("fast", 0.05)
 
 
-def test_the_command_serves_with_a_guard(bundle_folder: Path, guard_file: Path, b64: B64) -> None:
+def test_the_command_serves_with_a_guard(bundle_folder: Path, guard_file: Path, b64: B64, serving: Any) -> None:
     """All of `vlp serve --guard` but its process, which another test starts and stops."""
-    with listen("127.0.0.1", 0) as listener:
-        server, info = _prepare(Settings(), bundle_folder, None, guard_file, "cpu", listener)
-        assert info["guard"]["pictures"] == 0
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        try:
-            body = {"image": b64(PICTURES[0]), "labels": ["a"]}
-            answer = httpx2.post(f"{info['url']}/v1/classify", json=body, timeout=30)
-            assert answer.json()["data"][0]["guard"]["flagged"] is bool(int(answer.headers["x-guard-flagged"]))
-        finally:
-            server.should_exit = True
-            thread.join(20)
+    app, info = build_app(Launch(Settings(), (str(bundle_folder),), guard=guard_file, device="cpu"))
+    assert info["guard"]["pictures"] == 0
+    with serving(app) as url:
+        answer = httpx2.post(f"{url}/v1/classify", json={"image": b64(PICTURES[0]), "labels": ["a"]}, timeout=30)
+    assert answer.json()["data"][0]["guard"]["flagged"] is bool(int(answer.headers["x-guard-flagged"]))
 
 
 def test_a_guard_of_another_bundle_is_refused(guard_file: Path, tmp_path: Path) -> None:

@@ -1,0 +1,219 @@
+"""One process that answers: the app built, uvicorn run, signals understood.
+
+SIGTERM: readiness fails at once, requests go on being answered for a moment while balancers look elsewhere, then the
+port is closed and what has begun is finished. SIGHUP: keys and models are read again.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipelines.errors import PipelineError
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+
+    from server.services import Services
+
+log = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 18
+"""What has begun may take so long to finish; with the waits before it less than the 20 s that most supervisors give."""
+KEEP_ALIVE = 30
+"""Seconds an idle connection stays open."""
+BACKLOG_SECONDS = 0.1
+"""Between shrinking the queue of connections that nobody has accepted yet and closing it: time to accept them all."""
+BEAT_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What `vlp serve` was told."""
+
+    settings: Settings
+    bundles: tuple[str, ...]
+    index: Path | None = None
+    guard: Path | None = None
+    device: str = "auto"
+    backend: str = "torch"
+    drain_wait: float = 0.5
+    """Seconds between SIGTERM and closing the port."""
+    keys: Path | None = None
+
+
+@dataclass(slots=True)
+class Supervision:
+    """How a worker speaks with the process that started it; by default there is none."""
+
+    report: Callable[[dict[str, Any]], None] = field(default=lambda _message: None)
+    lifeline: int | None = None
+    """A pipe that ends when that process does."""
+
+
+def build_app(launch: Launch) -> "tuple[FastAPI, dict[str, Any]]":
+    """Everything loaded and checked: (the app, what to tell about it). Raises PipelineError."""
+    from server.index.edge import open_index
+
+    index = open_index(launch.index) if launch.index else None  # first, because importing torch takes seconds
+
+    from server.app import create_app
+    from server.loading import check_same_model, load_sources
+
+    sources = load_sources(launch.bundles, launch.guard, launch.device, launch.backend, launch.settings.limits)
+    if index is not None:
+        check_same_model(index.info, sources)
+    first = sources[0].loaded
+    info = {
+        "model": first.engine.name,
+        "dim": first.engine.dim,
+        "models": [source.loaded.engine.name for source in sources],
+        "backends": {source.loaded.engine.name: source.loaded.engine.backend for source in sources},
+        "points": index.info.points if index else None,
+        "guard": first.guarding.state() if first.guarding else None,
+    }
+    return create_app(launch.settings, sources, index), info
+
+
+def start(launch: Launch, listener: socket.socket, announce: Callable[[dict[str, Any]], None]) -> None:
+    """Serve with as many workers as the settings say, until told to stop."""
+    # uvicorn stops gracefully and then raises the signal once more, for handlers set before it: these end the process
+    # by returning, with exit code 0.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda _number, _frame: None)
+    if launch.settings.workers == 1:
+        run(launch, listener, announce)
+        return
+    from server.supervisor import Supervisor
+
+    with tempfile.TemporaryDirectory(prefix="vlp-serve-") as shared:
+        settings = launch.settings.model_copy(update={"shared": Path(shared)})
+        Supervisor(replace(launch, settings=settings), listener, announce).run()
+
+
+def run(launch: Launch, listener: socket.socket, announce: Callable[[dict[str, Any]], None],
+        supervision: Supervision | None = None) -> None:  # fmt: skip
+    """Serve until SIGINT or SIGTERM, then finish what was begun. `announce` is called once it answers."""
+    import uvicorn
+
+    from server.connections import connection_class
+    from server.services import Services
+
+    app, info = build_app(launch)
+    services = app.state.services
+    assert isinstance(services, Services)
+    config = uvicorn.Config(
+        app, http=connection_class(launch.settings.limits), ws="none", log_config=None, access_log=False,
+        server_header=False, proxy_headers=False, lifespan="on", timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+    )  # fmt: skip
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) if hasattr(asyncio, "Runner") else _Runner() as runner:
+        runner.run(_serve(config, services, launch, listener, lambda: announce(info), supervision or Supervision()))
+
+
+class _Runner:
+    """asyncio.Runner as far as it is needed, for Python 3.10."""
+
+    def __enter__(self) -> "_Runner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def run(self, main: Any) -> None:
+        """To the end."""
+        asyncio.run(main)
+
+
+async def _serve(
+    config: "uvicorn.Config", services: "Services", launch: Launch, listener: socket.socket,
+    announce: Callable[[], None], supervision: Supervision,
+) -> None:  # fmt: skip
+    server = _server(config, services, launch, listener, supervised=supervision.lifeline is not None)
+    loop = asyncio.get_running_loop()
+    hup: set[asyncio.Task[None]] = set()
+
+    def again() -> None:
+        task = loop.create_task(_read_again(services, launch))
+        hup.add(task)
+        task.add_done_callback(hup.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, again)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not (server.started or serving.done()):
+        await asyncio.sleep(0.02)
+    if server.started:
+        announce()
+        services.on_reload = lambda name: supervision.report({"reload": name})
+        if supervision.lifeline is not None:
+            loop.add_reader(supervision.lifeline, server.begin_drain)
+            hup.add(loop.create_task(_beat(services, server, supervision)))
+    await serving
+    if not server.started:
+        raise PipelineError("the server did not start; the log above says why")
+
+
+def _server(
+    config: "uvicorn.Config", services: "Services", launch: Launch, listener: socket.socket, supervised: bool
+) -> Any:
+    """uvicorn's server, with another idea of how to stop."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """Drains before it closes."""
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            """First SIGTERM: drain. SIGINT, or any second signal: close, and with a third do not wait."""
+            if sig == signal.SIGTERM and not services.draining:
+                services.draining = True
+                asyncio.get_running_loop().call_soon_threadsafe(self.begin_drain)
+            elif self.should_exit:
+                self.force_exit = True
+            else:
+                self.should_exit = True
+
+        def begin_drain(self) -> None:
+            """Called in the loop."""
+            services.draining = True
+            asyncio.get_running_loop().call_later(launch.drain_wait, self._close)
+
+        def _close(self) -> None:
+            if not supervised and listener.fileno() >= 0:
+                # the kernel resets connections that nobody has accepted when their socket closes: let no more queue up
+                listener.listen(0)
+            asyncio.get_running_loop().call_later(BACKLOG_SECONDS, self._exit)
+
+        def _exit(self) -> None:
+            self.should_exit = True
+
+    return Server(config)
+
+
+async def _read_again(services: "Services", launch: Launch) -> None:
+    from server.keys import read_keys
+
+    try:
+        services.keys = read_keys(launch.keys)
+    except PipelineError as error:
+        log.error("the keys stay as they were: %s", error)
+    await services.registry.reload_all()
+
+
+async def _beat(services: "Services", server: Any, supervision: Supervision) -> None:
+    """Tell the supervisor that this loop turns. A worker whose model thread has ended makes room for another."""
+    while True:
+        if any(model.dead for model in services.registry.all()):
+            log.critical("a model thread has ended: worker %d stops", os.getpid())
+            supervision.report({"dead": True})
+            server.begin_drain()
+            return
+        supervision.report({"beat": True})
+        await asyncio.sleep(BEAT_SECONDS)
