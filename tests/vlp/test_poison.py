@@ -223,7 +223,7 @@ def test_triggers_are_applied_to_stored_pictures(shards: Path, tmp_path: Path) -
 def test_a_poison_is_its_file_with_the_trigger_that_is_evaluated(shards: Path, tmp_path: Path) -> None:
     """No larger or other trigger at evaluation: the truth makes the very pixels that were planted, at their size."""
     truth = planted(shards, tmp_path / "bad")
-    _, trigger, target = backdoor._attack(truth, None)
+    _, trigger, target = backdoor.attack_of(truth, None)
     bad, clean = samples_of(tmp_path / "bad"), samples_of(shards)
     assert target == "bag"
     for entry in load_truth(truth)["poisons"]:
