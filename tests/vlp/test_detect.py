@@ -244,6 +244,19 @@ def test_scores_equal_the_definition(residual: bool, other: bool) -> None:
     assert not torch.allclose(detector.score_regions(pixels, boxes, WORDS, Options(ensemble=False)), found)
 
 
+def test_one_look_serves_both_scores() -> None:
+    """As the evaluation does: a look that asked the frozen tower is scored with and without it."""
+    detector = Detector.of(micro_detector())
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    alone = Options(threshold=0.0, ensemble=False)
+    with torch.inference_mode():
+        seen = detector.look(pixels)
+        both = [detector.find(seen, WORDS, options).scores_BT for options in (EVERYTHING, alone)]
+    for found, options in zip(both, (EVERYTHING, alone), strict=True):
+        torch.testing.assert_close(found, detector.detect_pixels(pixels, WORDS, options).scores_BT)
+    assert not torch.allclose(*(found[:, :5] for found in both))
+
+
 def test_crops_that_match_a_text() -> None:
     """The crops found do not overlap by much, the best first; scores are cosines."""
     detector = Detector.of(micro_detector())
