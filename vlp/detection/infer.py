@@ -150,8 +150,7 @@ class Detector:
         seen = self.look(view.pixels_CSS[None], options.ensemble)
         boxes_BR4, objectness_BR = self.propose(seen, options.proposals)
         cosine_BRK = self._embed(seen, boxes_BR4) @ self.head(False, labels, options).T
-        if options.ensemble:
-            assert seen.frozen_BDHW is not None, "look was asked for it"
+        if seen.frozen_BDHW is not None:
             theirs_BRK = _frozen_regions(seen.frozen_BDHW, boxes_BR4) @ self.head(True, labels, options).T
             cosine_BRK = (1 - FIND_FROZEN) * cosine_BRK + FIND_FROZEN * theirs_BRK.to(cosine_BRK.device)
         score_BR = cosine_BRK[..., 0]
@@ -190,9 +189,8 @@ class Detector:
         scale = parts.log_scale.exp() if options.temperature is None else torch.tensor(1 / options.temperature)
         texts_KD = self.head(False, labels, options)
         logits_BRK1 = class_logits(self._embed(seen, boxes_BR4), texts_KD, parts.background_D, scale)
-        if not options.ensemble:
+        if seen.frozen_BDHW is None or not options.ensemble:
             return logits_BRK1.softmax(dim=-1)[..., :-1]
-        assert seen.frozen_BDHW is not None, "look was told to leave the frozen tower out"
         own_scale = float(self.frozen.model.logit_scale.detach().exp())  # type: ignore[operator]
         frozen_scale = own_scale if options.frozen_temperature is None else 1 / options.frozen_temperature
         cosine_BRK = _frozen_regions(seen.frozen_BDHW, boxes_BR4) @ self.head(True, labels, options).T
