@@ -127,8 +127,12 @@ class Detector:
     def find(self, seen: Seen, labels: tuple[str, ...], options: Options) -> Found:
         """What is in pictures that were looked at already; `labels` are distinct. Raises BundleError."""
         boxes_BR4, objectness_BR = self.propose(seen, options.proposals)
+        factor_BR = objectness_BR**options.objectness
+        # what no label can lift above the threshold need not be looked at; proposals come best first
+        count = max(1, int((factor_BR > options.threshold).sum(dim=1).max()))
+        boxes_BR4, factor_BR = boxes_BR4[:, :count], factor_BR[:, :count]
         scores_BRK = self.classify(seen, boxes_BR4, labels, options)
-        return choose(boxes_BR4, scores_BRK * objectness_BR[..., None] ** options.objectness, labels, options)
+        return choose(boxes_BR4, scores_BRK * factor_BR[..., None], labels, options)
 
     @torch.inference_mode()
     def score_regions(
