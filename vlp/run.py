@@ -121,17 +121,10 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
     distributed.wrap(model, recipe.run.strategy)
     module, options = objectives.load(recipe.objective)
     loader = make_loader(recipe.data, tokenizer, recipe.run.seed, rank, world)
-    width = int(model_cfg["embed_dim"])
     dims = objectives.Dims(
-        width,
-        scale,
-        loader.classes,
-        loader.clusters,
-        image=image,
-        tokenizer=tokenizer,
-        box_labels=loader.box_names,
-        weights=recipe.model.weights,
-    )
+        embed=int(model_cfg["embed_dim"]), init_logit_scale=scale, classes=loader.classes, clusters=loader.clusters,
+        image=image, tokenizer=tokenizer, box_labels=loader.box_names, weights=recipe.model.weights,
+    )  # fmt: skip
     objective = module.build(options, dims).to(device)
     if hasattr(objective, "attach"):
         objective.attach(model)

@@ -244,6 +244,42 @@ def test_scores_equal_the_definition(residual: bool, other: bool) -> None:
     assert not torch.allclose(detector.score_regions(pixels, boxes, WORDS, Options(ensemble=False)), found)
 
 
+def test_one_look_serves_both_scores() -> None:
+    """As the evaluation does: a look that asked the frozen tower is scored with and without it."""
+    detector = Detector.of(micro_detector())
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    alone = Options(threshold=0.0, ensemble=False)
+    with torch.inference_mode():
+        seen = detector.look(pixels)
+        both = [detector.find(seen, WORDS, options).scores_BT for options in (EVERYTHING, alone)]
+    for found, options in zip(both, (EVERYTHING, alone), strict=True):
+        torch.testing.assert_close(found, detector.detect_pixels(pixels, WORDS, options).scores_BT)
+    assert not torch.allclose(*(found[:, :5] for found in both))
+
+
+def test_a_threshold_spares_work_and_changes_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regions whose objectness is too low for any label are not classified; what is found above is the same."""
+    detector = Detector.of(micro_detector())
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    asked: list[int] = []
+    classify = Detector.classify
+
+    def counted(self: Detector, seen: Any, boxes: Tensor, labels: tuple[str, ...], options: Options) -> Tensor:
+        asked.append(boxes.shape[1])
+        return classify(self, seen, boxes, labels, options)
+
+    monkeypatch.setattr(Detector, "classify", counted)
+    found = detector.detect_pixels(pixels, WORDS[:1], Options(threshold=0.0, objectness=1))
+    limit = 0.5 * float(found.scores_BT.max())
+    low, high = (Options(threshold=threshold, objectness=3, top_k=1000) for threshold in (0.0, limit**3))
+    every, best = detector.detect_pixels(pixels, WORDS, low), detector.detect_pixels(pixels, WORDS, high)
+    assert 0 < asked[2] < asked[1]
+    assert best.valid_BT.any()
+    for row in range(2):
+        wanted = every.scores_BT[row][every.valid_BT[row] & (every.scores_BT[row] > limit**3)]
+        torch.testing.assert_close(best.scores_BT[row][best.valid_BT[row]], wanted)
+
+
 def test_crops_that_match_a_text() -> None:
     """The crops found do not overlap by much, the best first; scores are cosines."""
     detector = Detector.of(micro_detector())

@@ -81,6 +81,7 @@ def _describe(recipe: Any, folder: Path) -> dict[str, Any]:
         "device": str(run.device),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "trainable": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+        "objective_trainable": sum(p.numel() for p in run.objective.parameters() if p.requires_grad),
         "vocabulary": run.tokenizer.vocab_size,
         "samples": run.loader.plan.samples,
         "steps_per_epoch": run.loader.plan.steps,

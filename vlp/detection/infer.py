@@ -127,8 +127,12 @@ class Detector:
     def find(self, seen: Seen, labels: tuple[str, ...], options: Options) -> Found:
         """What is in pictures that were looked at already; `labels` are distinct. Raises BundleError."""
         boxes_BR4, objectness_BR = self.propose(seen, options.proposals)
+        factor_BR = objectness_BR**options.objectness
+        # what no label can lift above the threshold need not be looked at; proposals come best first
+        count = max(1, int((factor_BR > options.threshold).sum(dim=1).max()))
+        boxes_BR4, factor_BR = boxes_BR4[:, :count], factor_BR[:, :count]
         scores_BRK = self.classify(seen, boxes_BR4, labels, options)
-        return choose(boxes_BR4, scores_BRK * objectness_BR[..., None] ** options.objectness, labels, options)
+        return choose(boxes_BR4, scores_BRK * factor_BR[..., None], labels, options)
 
     @torch.inference_mode()
     def score_regions(
@@ -189,7 +193,7 @@ class Detector:
         scale = parts.log_scale.exp() if options.temperature is None else torch.tensor(1 / options.temperature)
         texts_KD = self.head(False, labels, options)
         logits_BRK1 = class_logits(self._embed(seen, boxes_BR4), texts_KD, parts.background_D, scale)
-        if seen.frozen_BDHW is None:
+        if seen.frozen_BDHW is None or not options.ensemble:
             return logits_BRK1.softmax(dim=-1)[..., :-1]
         own_scale = float(self.frozen.model.logit_scale.detach().exp())  # type: ignore[operator]
         frozen_scale = own_scale if options.frozen_temperature is None else 1 / options.frozen_temperature
