@@ -51,7 +51,7 @@ def plain_towers(bundle: Bundle) -> Towers:
 
 
 def torch_towers(bundle: Bundle) -> Towers:
-    """Without what reaches no feature: texts are cut behind their ends, the last block runs for what is pooled alone."""
+    """Without what reaches no feature: texts end at their ends, the last block runs for what is pooled alone."""
     return _lean(bundle, bundle.model, torch.float32, "torch")
 
 
