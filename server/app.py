@@ -34,6 +34,7 @@ from server.routes import (
     label_sets,
     models,
     operations,
+    page,
     points,
     points_search,
     search,
@@ -95,6 +96,7 @@ def create_app(
             expose_headers=["X-Request-Id", "X-Guard-Flagged", "X-Guard-Score", "Retry-After"],
         )  # fmt: skip
     app.add_middleware(RequestContext, services=services)
+    app.include_router(page.router)
     app.include_router(health.router)
     app.include_router(operations.router)
     for module in KEYED:

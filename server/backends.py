@@ -6,11 +6,11 @@ Suffixes: N items, D embedding width, L text length, C channels, H height, W wid
 """
 
 import copy
-import importlib.util
 import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ def plain_towers(bundle: Bundle) -> Towers:
 
 
 def torch_towers(bundle: Bundle) -> Towers:
-    """Without what reaches no feature: texts are cut behind their ends, the last block runs for what is pooled alone."""
+    """Without what reaches no feature: texts end at their ends, the last block runs for what is pooled alone."""
     return _lean(bundle, bundle.model, torch.float32, "torch")
 
 
@@ -85,7 +85,7 @@ def choose(bundle: Bundle, wanted: str) -> Towers:
     pixels_NCHW, tokens_NL = _canary(bundle)
     plain = plain_towers(bundle)
     torch.set_float32_matmul_precision("highest")
-    image_ND, text_ND = plain.image(pixels_NCHW), plain.text(tokens_NL)
+    expected_ND = torch.cat([plain.image(pixels_NCHW), plain.text(tokens_NL)])
     if bundle.device.type == "cpu":
         # float32 through oneDNN: twice as fast as MKL on AMD, and the canary sees if it means less precision elsewhere
         torch.set_float32_matmul_precision("medium")
@@ -95,7 +95,7 @@ def choose(bundle: Bundle, wanted: str) -> Towers:
     for name, make in _candidates(bundle, wanted).items():
         try:
             towers = make(bundle)
-            worst = min(_cosine(towers.image(pixels_NCHW), image_ND), _cosine(towers.text(tokens_NL), text_ND))
+            worst = _cosine(torch.cat([towers.image(pixels_NCHW), towers.text(tokens_NL)]), expected_ND)
         except Exception as error:
             if wanted != "auto":
                 raise PipelineError(f"--backend {name}: does not run this model: {error}") from error
@@ -123,7 +123,7 @@ def _candidates(bundle: Bundle, wanted: str) -> Mapping[str, Callable[[Bundle], 
     }
     packages = {"onnx": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino",)}
     if wanted != "auto":
-        missing = [name for name in packages.get(wanted, ()) if importlib.util.find_spec(name) is None]
+        missing = [name for name in packages.get(wanted, ()) if find_spec(name) is None]
         if missing:
             raise PipelineError(f"--backend {wanted} needs {', '.join(missing)}: pip install 'vlp[{wanted}]'")
         return {wanted: makers[wanted]}
@@ -133,7 +133,7 @@ def _candidates(bundle: Bundle, wanted: str) -> Mapping[str, Callable[[Bundle], 
     if _fast_bfloat16():
         usable["torch-bf16"] = bfloat16_towers
     for name, needed in packages.items():
-        if all(importlib.util.find_spec(package) for package in needed):
+        if all(find_spec(package) for package in needed):
             usable[name] = makers[name]
     return usable
 

@@ -1,4 +1,4 @@
-"""`vlp serve` and `vlp index build`. Heavy imports wait until a command runs."""
+"""`vlp serve` and `vlp keys`. Heavy imports wait until a command runs."""
 
 import importlib.util
 import socket
@@ -8,14 +8,16 @@ from typing import Any
 
 import click
 
-from data_pipelines.console import CONTEXT, Group, command, emit, json_option, progress
+from data_pipelines.console import CONTEXT, Group, command, emit, json_option
 from data_pipelines.errors import PipelineError
+from data_pipelines.fetch import FetchOptions
+from data_pipelines.urls import WEB
 from server.browsers import is_loopback
 from server.keys import ENVIRONMENT as KEYS
 from server.keys import add_key, read_file, read_keys, remove_key
 from server.logs import configure
 from server.serving import Launch, start
-from server.settings import BACKENDS, SCOPES, Rate, Scope, Settings
+from server.settings import BACKENDS, SCOPES, Limits, Rate, Scope, Settings
 
 FOLDER = click.Path(path_type=Path)
 
@@ -26,6 +28,7 @@ FOLDER = click.Path(path_type=Path)
 \b
   vlp serve runs/demo
   vlp serve runs/demo --index index --port 0
+  vlp serve runs/demo --collections collections
   vlp serve small=runs/small large=runs/large --backend auto --workers 2
   vlp serve runs/demo --guard guard.safetensors
   vlp keys new web --file keys.json; vlp serve runs/demo --host 0.0.0.0 --keys keys.json
@@ -33,6 +36,8 @@ FOLDER = click.Path(path_type=Path)
 )
 @click.argument("bundles", nargs=-1, required=True, metavar="[NAME=]BUNDLE...")
 @click.option("--index", "index_folder", type=FOLDER, help="Index made by `vlp index build`; enables /v1/search.")
+@click.option("--collections", type=FOLDER, help="Folder that keeps the collections of /v1/collections.")
+@click.option("--qdrant", metavar="URL", help="Qdrant server that keeps them instead; key in VLP_QDRANT_API_KEY.")
 @click.option("--guard", "guard_file", type=FOLDER, help="File made by `vlp guard`; flags pictures with triggers.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free port.")
@@ -49,15 +54,17 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--cors", "origins", multiple=True, help="Origin whose pages may ask, as https://a.example; repeatable.")
 @click.option("--fetch", is_flag=True, help="Fetch pictures given as URLs, from public addresses only.")
 @click.option("--audit", type=FOLDER, help="File that gets a hash-chained line per change; `vlp keys audit` checks it.")
+@click.option("--label-sets", type=FOLDER, help="Folder that keeps named label sets; else they end with the server.")
 @click.option("--docs/--no-docs", default=None, help="/docs and /openapi.json; by default on a loopback address only.")
 @click.option("--log-format", default="text", show_default=True, type=click.Choice(["text", "json"]))
 @click.option("--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"]))
 @click.option("--drain-wait", default=0.5, show_default=True, help="Seconds from SIGTERM to closing the port.")
 @json_option
 def serve(
-    bundles: tuple[str, ...], index_folder: Path | None, guard_file: Path | None, host: str, port: int, device: str,
-    backend: str, workers: int, key_file: Path | None, allow_open: bool, rate: float | None, hosts: tuple[str, ...],
-    origins: tuple[str, ...], fetch: bool, audit: Path | None, docs: bool | None, log_format: str, log_level: str,
+    bundles: tuple[str, ...], index_folder: Path | None, collections: Path | None, qdrant: str | None,
+    guard_file: Path | None, host: str, port: int, device: str, backend: str, workers: int,
+    key_file: Path | None, allow_open: bool, rate: float | None, hosts: tuple[str, ...], origins: tuple[str, ...], fetch: bool, audit: Path | None, label_sets: Path | None, docs: bool | None,
+    log_format: str, log_level: str,
     drain_wait: float, as_json: bool,
 ) -> None:  # fmt: skip
     """Serve one or several BUNDLEs over HTTP: /v1/embeddings, /v1/classify, /v1/search, /metrics, /docs.
@@ -70,15 +77,16 @@ def serve(
             f"--host {host} would open the server to others without a key: make one with `vlp keys new NAME --file F` "
             f"and add --keys F, set {KEYS}=key1,key2, or add --allow-open"
         )
-    if workers > 1 and index_folder is not None:
-        raise PipelineError("--index is open in one process only: leave out --workers, or use a Qdrant server")
+    if workers > 1 and (index_folder or collections):
+        raise PipelineError("an embedded index is open in one process only: leave out --workers, or use --qdrant URL")
     _require_extra()
     settings = Settings(
         host=host, port=port, keys=keys, rate=Rate(per_second=rate, burst=max(1, round(2 * rate))) if rate else None,
-        hosts=hosts, cors_origins=origins, docs=is_loopback(host) if docs is None else docs, audit=audit, fetch=fetch,
-        workers=workers,
+        hosts=hosts, cors_origins=origins, docs=is_loopback(host) if docs is None else docs, audit=audit, fetch=fetch_options() if fetch else None,
+        workers=workers, label_sets=label_sets,
     )  # fmt: skip
-    launch = Launch(settings, bundles, index_folder, guard_file, device, backend, drain_wait, key_file)
+    launch = Launch(settings, bundles, index_folder, guard_file, device, backend, drain_wait, key_file,
+                    collections, qdrant)  # fmt: skip
     configure("json" if log_format == "json" else "text", log_level)
     with listen(host, port) as listener:
         where = _where(host, listener)
@@ -89,6 +97,12 @@ def serve(
             sys.stdout.flush()
 
         start(launch, listener, announce)
+
+
+def fetch_options() -> FetchOptions:
+    """Shorter and stricter than for shards: somebody waits, and may have written the URL to see what happens."""
+    limit = Limits().body_bytes
+    return FetchOptions(timeout=5, total_timeout=10, max_bytes=limit, retries=0, schemes=WEB, user_agent="vlp-server")
 
 
 def _where(host: str, listener: socket.socket) -> dict[str, Any]:
@@ -140,38 +154,6 @@ def _require_extra() -> None:
     ]
     if missing:
         raise PipelineError(f"{', '.join(missing)} not installed: pip install 'vlp[serve]'")
-
-
-@click.group(cls=Group, context_settings=dict(CONTEXT))
-def index() -> None:
-    """Search indexes."""
-
-
-@index.command(
-    epilog="""Examples:
-
-\b
-  vlp index build embeddings --out index
-  vlp index build embeddings --out index --field width"""
-)
-@click.argument("embeddings", type=FOLDER)
-@click.option("--out", type=FOLDER, required=True, help="Index folder; an index that is there is replaced.")
-@click.option("--modality", type=click.Choice(["image", "text"]), default="image", show_default=True)
-@click.option("--field", "fields", multiple=True, help="Further metadata column to keep and filter by; repeatable.")
-@json_option
-def build(embeddings: Path, out: Path, modality: str, fields: tuple[str, ...], as_json: bool) -> None:
-    """Build a Qdrant Edge index from EMBEDDINGS, a folder written by `vlp embed` or by clip-retrieval."""
-    _require_extra()
-    from server.index.build import Modality, build_index, count_rows
-
-    which: Modality = "text" if modality == "text" else "image"
-    with progress("indexing", count_rows(embeddings, which), unit="rows") as advance:
-        info = build_index(embeddings, out, which, fields, advance)
-    lines = [
-        f"{info.points:,} {which} vectors of width {info.dim}, filtered by {', '.join(info.fields)}: {out}",
-        f"serve it: vlp serve BUNDLE --index {out}",
-    ]
-    emit({"out": str(out), **info.model_dump()}, as_json, lines)
 
 
 @click.group(cls=Group, context_settings=dict(CONTEXT))

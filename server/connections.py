@@ -1,6 +1,7 @@
 """Connections that cannot be held for nothing: heads that never end, answers that nobody reads, too many at once.
 
-uvicorn bounds none of these when httptools parses: a client could send headers for ever, or one byte of them a minute.
+uvicorn bounds none of these when httptools parses: a client could send headers for ever, or one byte of them a minute,
+or queue up a hundred thousand requests on one connection without reading an answer.
 """
 
 import asyncio
@@ -14,6 +15,10 @@ TOO_LONG = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: text/plain\r\ncontent-length: 30\r\n"
     b"connection: close\r\n\r\nthe request's head is too long"
 )
+
+
+MOST_PIPELINED = 16
+"""Requests that may wait on a connection for the answer to one before; no client of today sends a second."""
 
 
 def connection_class(limits: Limits) -> type[asyncio.Protocol]:
@@ -61,7 +66,11 @@ def connection_class(limits: Limits) -> type[asyncio.Protocol]:
             """The head is whole; the time for the body is the routes' to watch."""
             self._in_head = False
             self._cancel("_timer")
-            super().on_headers_complete()
+            if len(self.pipeline) >= MOST_PIPELINED:
+                self.transport.abort()
+                self.pipeline.clear()
+            if not self.transport.is_closing():
+                super().on_headers_complete()
 
         def pause_writing(self) -> None:
             """The client does not read: it may take a while, not for ever."""
@@ -75,7 +84,10 @@ def connection_class(limits: Limits) -> type[asyncio.Protocol]:
             super().resume_writing()
 
         def _give_up(self) -> None:
-            self.transport.abort()  # closing would wait until what is written has been read
+            if self._in_head and self.flow.read_paused:  # the rest of the head may be there and not yet looked at
+                self._timer = self.loop.call_later(limits.read_seconds, self._give_up)
+            else:
+                self.transport.abort()  # closing would wait until what is written has been read
 
         def _cancel(self, name: str) -> None:
             timer = getattr(self, name)

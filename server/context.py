@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from server.fetching import Fetcher
     from server.guarding import Verdict
 
 
@@ -24,6 +25,8 @@ class RequestState:
     """Machine-readable code of the error that is answered."""
     verdicts: "list[Verdict]" = field(default_factory=list)
     """Of the guard, in the order of the request's pictures; they become headers."""
+    fetcher: "Fetcher | None" = None
+    """What fetches pictures given as URLs; None where that is not allowed."""
     releases: list[Callable[[], None]] = field(default_factory=list)
     """Called when the answer is out, whatever happened."""
 

@@ -1,7 +1,7 @@
 """Image inputs as clients send them, to encoded picture bytes: base64 (plain or URL-safe) and data URIs.
 
 Nothing is decoded here beyond base64; the engine checks the header against the pixel limits before it decodes.
-Remote addresses are refused: this server fetches nothing.
+Remote addresses are refused here; `inputs` fetches them where the server was started so.
 """
 
 import base64
@@ -10,9 +10,9 @@ import re
 from urllib.parse import unquote_to_bytes
 
 from server.errors import ApiError, bad_request
+from server.fetching import is_remote
 
 DATA_URI = re.compile(r"data:(?P<mime>[^;,]*)(?:;name=[^;,]*)?(?:;charset=[^;,]*)?(?P<base64>;base64)?,", re.IGNORECASE)
-REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 URL_SAFE = str.maketrans("-_", "+/")
 
 
@@ -23,7 +23,7 @@ def is_data_uri(text: str) -> bool:
 
 def image_bytes(value: str, param: str) -> bytes:
     """Encoded picture of one input. Raises ApiError 400 naming `param`."""
-    if REMOTE.match(value):
+    if is_remote(value):
         raise bad_request(
             f"{param}: this server fetches no URLs; send the picture as base64 or as a data:image/...;base64 URI",
             param,

@@ -8,7 +8,9 @@ import numpy as np
 
 from data_pipelines.errors import BadSample
 from server.batcher import Row
+from server.context import STATE
 from server.errors import ApiError, bad_item, bad_request
+from server.fetching import Fetcher, is_remote
 from server.images import image_bytes
 from server.model import Model, Seen
 from server.schemas.items import Entry, Item
@@ -37,10 +39,21 @@ class Embedded:
 
 
 async def read_pictures(given: Sequence[tuple[str, str]]) -> list[bytes | ApiError]:
-    """Encoded pictures of (parameter, base64 or data URI) inputs, or why there is none."""
+    """Encoded pictures of (parameter, base64, data URI or, where allowed, URL) inputs, or why there is none."""
+    state = STATE.get()
+    if state is not None and state.fetcher is not None and any(is_remote(value) for _, value in given):
+        return await _fetched(state.fetcher, given)
     if sum(len(value) for _, value in given) < IN_THREAD:
         return _decoded(given)
     return await asyncio.to_thread(_decoded, given)
+
+
+async def _fetched(fetcher: Fetcher, given: Sequence[tuple[str, str]]) -> list[bytes | ApiError]:
+    """The same with URLs among them, fetched side by side."""
+    remote = [(param, value) for param, value in given if is_remote(value)]
+    local = iter(_decoded([(param, value) for param, value in given if not is_remote(value)]))
+    found = iter(await asyncio.gather(*(fetcher.picture(value, param) for param, value in remote)))
+    return [next(found) if is_remote(value) else next(local) for _, value in given]
 
 
 def _decoded(given: Sequence[tuple[str, str]]) -> list[bytes | ApiError]:

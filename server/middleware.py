@@ -62,6 +62,7 @@ class RequestContext:
         head = Headers(scope=scope)
         given = head.get("x-request-id", "")
         state = RequestState(given if GIVEN_ID.fullmatch(given) else uuid.uuid4().hex)
+        state.fetcher = self._services.fetcher
         STATE.set(state)
         exchange = _Exchange(scope, send, state, time.monotonic(), receive)
 

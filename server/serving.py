@@ -5,6 +5,7 @@ port is closed and what has begun is finished. SIGHUP: keys and models are read 
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
+    from server.index.remote import EdgeProcess
     from server.services import Services
 
 log = logging.getLogger(__name__)
@@ -30,8 +32,10 @@ DRAIN_SECONDS = 18
 """What has begun may take so long to finish; with the waits before it less than the 20 s that most supervisors give."""
 KEEP_ALIVE = 30
 """Seconds an idle connection stays open."""
-BACKLOG_SECONDS = 0.1
+BACKLOG_SECONDS = 0.3
 """Between shrinking the queue of connections that nobody has accepted yet and closing it: time to accept them all."""
+FIRST_BYTES_SECONDS = 0.2
+"""Connections accepted last have this long for their request's first bytes, before idle ones are closed."""
 BEAT_SECONDS = 1.0
 
 
@@ -48,6 +52,10 @@ class Launch:
     drain_wait: float = 0.5
     """Seconds between SIGTERM and closing the port."""
     keys: Path | None = None
+    collections: Path | None = None
+    """Folder of embedded collections; it is made when it is not there."""
+    qdrant: str | None = None
+    """URL of a Qdrant server or cluster that keeps them instead."""
 
 
 @dataclass(slots=True)
@@ -61,11 +69,22 @@ class Supervision:
 
 def build_app(launch: Launch) -> "tuple[FastAPI, dict[str, Any]]":
     """Everything loaded and checked: (the app, what to tell about it). Raises PipelineError."""
-    from server.index.edge import open_index
+    from server.index.remote import EdgeProcess
 
-    index = open_index(launch.index) if launch.index else None  # first, because importing torch takes seconds
+    index = EdgeProcess(launch.index) if launch.index else None  # first, because importing torch takes seconds
+    try:
+        return _app_over(launch, index)
+    except BaseException:
+        if index is not None:
+            index.close()
+        raise
 
+
+def _app_over(launch: Launch, index: "EdgeProcess | None") -> "tuple[FastAPI, dict[str, Any]]":
     from server.app import create_app
+    from server.catalogue import DEFAULT, Collections
+    from server.index.scan import ScanIndex
+    from server.index.stores import open_store
     from server.loading import check_same_model, load_sources
 
     sources = load_sources(launch.bundles, launch.guard, launch.device, launch.backend, launch.settings.limits)
@@ -80,7 +99,9 @@ def build_app(launch: Launch) -> "tuple[FastAPI, dict[str, Any]]":
         "points": index.info.points if index else None,
         "guard": first.guarding.state() if first.guarding else None,
     }
-    return create_app(launch.settings, sources, index), info
+    store = open_store(launch.collections, launch.qdrant)
+    kept = Collections(store, {} if index is None else {DEFAULT: ScanIndex(index)})
+    return create_app(launch.settings, sources, kept=kept), info
 
 
 def start(launch: Launch, listener: socket.socket, announce: Callable[[dict[str, Any]], None]) -> None:
@@ -194,7 +215,33 @@ def _server(
         def _exit(self) -> None:
             self.should_exit = True
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            """uvicorn's, but connections are accepted to the last, and none is closed before it could ask."""
+            loop = asyncio.get_running_loop()
+            last = [] if supervised else accept_all(listener)
+            for accepting in self.servers:
+                accepting.close()
+            for connection in last:
+                await loop.connect_accepted_socket(self._protocol, connection)
+            await asyncio.sleep(FIRST_BYTES_SECONDS)
+            await super().shutdown(sockets)
+
+        def _protocol(self) -> asyncio.Protocol:
+            return self.config.http_protocol_class(  # type: ignore[call-arg]
+                config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+
     return Server(config)
+
+
+def accept_all(listener: socket.socket) -> list[socket.socket]:
+    """Connections that are waiting right now."""
+    found = []
+    with contextlib.suppress(OSError):  # BlockingIOError when there is none left
+        listener.setblocking(False)
+        while True:
+            found.append(listener.accept()[0])
+    return found
 
 
 async def _read_again(services: "Services", launch: Launch) -> None:

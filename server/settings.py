@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from data_pipelines.config import StrictModel
+from data_pipelines.fetch import FetchOptions
 
 
 class Limits(StrictModel):
@@ -119,8 +120,8 @@ class Settings(StrictModel):
     """Whether /docs and /openapi.json exist."""
     audit: Path | None = None
     """File that gets one hash-chained line per request that changes something."""
-    fetch: bool = False
-    """Whether pictures may be given as URLs, which the server then fetches."""
+    fetch: FetchOptions | None = None
+    """How pictures given as URLs are fetched; None refuses them."""
     workers: int = Field(default=1, ge=1, le=256)
     """Processes that share the port; rates are divided among them."""
     shared: Path | None = None

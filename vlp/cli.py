@@ -32,7 +32,7 @@ COMMANDS = {
     ),
     "audit": ("vlp.commands.audit:audit", "Ask whether a model is backdoored, for which label, with which trigger."),
     "guard": ("vlp.commands.guard:guard", "Learn how a bundle sees clean pictures, to flag triggered ones in use."),
-    "index": ("server.cli:index", "Build a search index from an embed folder."),
+    "index": ("server.index_cli:index", "Build, fill, export and move search indexes."),
     "serve": ("server.cli:serve", "Serve bundles over HTTP."),
     "keys": ("server.cli:keys", "API keys of the server, and its audit log."),
     "demo": ("vlp.commands.demo:demo", "The whole way on real data: shards, training, report, server."),

@@ -11,6 +11,7 @@ instead of flushing.
 
 import os
 import re
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -253,13 +254,20 @@ def create_index(folder: Path, info: IndexInfo) -> EdgeIndex:
     return index
 
 
-def open_index(folder: Path) -> EdgeIndex:
-    """The collection in `folder`. Raises PipelineError saying what is wrong with it."""
+def open_index(folder: Path, patience: float = 0.0) -> EdgeIndex:
+    """The collection in `folder`. Raises PipelineError saying what is wrong with it.
+
+    `patience`: seconds to wait for a process that has it open: one whose server was killed is about to end.
+    """
     info = read_info(folder)
+    deadline = time.monotonic() + patience
     try:
         shard = qe.EdgeShard.load(str(folder / info.shard))
     except Exception as error:  # the engine raises nothing narrower
         if "WouldBlock" in str(error):
+            if (left := deadline - time.monotonic()) > 0:
+                time.sleep(min(left, 0.1))
+                return open_index(folder, deadline - time.monotonic())
             raise PipelineError(f"{folder}: another process has this index open; stop it, or serve a copy") from error
         raise PipelineError(f"{folder}: the index is damaged ({error}); build it again") from error
     return EdgeIndex(folder, info, shard)

@@ -66,6 +66,8 @@ class Scan:
 
     def __init__(self, dim: int) -> None:
         self._rows = _empty(ROUND, dim)
+        self._publishing = threading.Lock()
+        """Held for a moment, so that a search sees a replaced row once: as it was, or as it is."""
         self._place: dict[PointId, int] = {}
 
     def __len__(self) -> int:
@@ -83,18 +85,20 @@ class Scan:
         rows.exact_ND[at], rows.rounded_ND[at], rows.step_N[at] = unit_ND, rounded_ND, step_N
         rows.error_N[at] = np.linalg.norm(unit_ND - back_ND, axis=1)
         rows.length_N[at] = np.linalg.norm(back_ND, axis=1)
-        rows.ids.extend(ids)
-        rows.alive_N[at] = True
-        rows.count += len(ids)
-        for number, id in enumerate(ids, start=at.start):
-            self._forget(id)
-            self._place[id] = number
+        with self._publishing:
+            rows.ids.extend(ids)
+            rows.alive_N[at] = True
+            rows.count += len(ids)
+            for number, id in enumerate(ids, start=at.start):
+                self._forget(id)
+                self._place[id] = number
 
     def remove(self, ids: Sequence[PointId]) -> None:
         """Drop vectors; ids that are not there are no error."""
-        for id in ids:
-            self._forget(id)
-            self._place.pop(id, None)
+        with self._publishing:
+            for id in ids:
+                self._forget(id)
+                self._place.pop(id, None)
 
     def _forget(self, id: PointId) -> None:
         if (before := self._place.get(id)) is not None:
@@ -111,26 +115,28 @@ class Scan:
         for name in ("exact_ND", "rounded_ND", "step_N", "error_N", "length_N", "alive_N"):
             getattr(grown, name)[: grown.count] = getattr(rows, name)[kept_K]
         grown.ids = [rows.ids[number] for number in kept_K.tolist()]
-        self._place = {id: number for number, id in enumerate(grown.ids)}
-        self._rows = grown
+        with self._publishing:
+            self._place = {id: number for number, id in enumerate(grown.ids)}
+            self._rows = grown
         return grown
 
     def search(self, query_D: Row, limit: int) -> list[tuple[PointId, float, Row]]:
         """Best `limit` (id, cosine, vector), best first: exactly those of a float32 scan."""
-        rows = self._rows
-        count = rows.count
-        alive_N = rows.alive_N[:count]
+        with self._publishing:
+            rows = self._rows
+            count = rows.count
+            alive_N = rows.alive_N[:count].copy()
         limit = min(limit, int(alive_N.sum()))
         if limit == 0:
             return []
         query_D = query_D / np.linalg.norm(query_D)
         rounded_1D, step_1 = _round(query_D[None])
         dots_N = torch._int_mm(torch.from_numpy(rows.rounded_ND[:count]), torch.from_numpy(rounded_1D).T)[:, 0].numpy()
-        about_N = dots_N * (rows.step_N[:count] * step_1[0])
+        about_N = dots_N.astype(np.float32) * (rows.step_N[:count] * step_1[0])
         about_N[~alive_N] = -np.inf
         query_error = float(np.linalg.norm(query_D - rounded_1D[0] * step_1[0]))
         bound_N = rows.error_N[:count] + query_error * rows.length_N[:count] + 1e-6
-        first_K = np.argpartition(-about_N, limit - 1)[:limit]
+        first_K = torch.topk(torch.from_numpy(about_N), limit, sorted=False).indices.numpy()
         # the limit-th best score is at least this, so a row that cannot reach it is out
         floor = float((rows.exact_ND[first_K] @ query_D).min())
         chosen_K = np.flatnonzero(about_N + bound_N >= floor)

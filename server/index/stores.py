@@ -1,5 +1,6 @@
 """Where collections live: a folder with one embedded index each, or a cluster (`cluster.ClusterStore`)."""
 
+import os
 import re
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 """Names of collections: safe as folder names and in URLs."""
+QDRANT_KEY = "VLP_QDRANT_API_KEY"
 DROPPED = ".dropped-"
 CREATING = ".creating-"
 
@@ -49,6 +51,20 @@ def open_embedded(folder: Path) -> "ScanIndex":
     from server.index.scan import ScanIndex  # brings torch
 
     return ScanIndex(EdgeProcess(folder))
+
+
+def open_store(folder: Path | None, url: str | None) -> Store | None:
+    """Where collections are kept: in a folder, at a Qdrant server, or nowhere. Raises PipelineError.
+
+    The server's API key comes from the environment, where other processes' lists do not show it.
+    """
+    if folder is not None and url is not None:
+        raise PipelineError("collections are kept either in a folder (--collections) or at a server (--qdrant)")
+    if url is not None:
+        from server.index.cluster import ClusterStore
+
+        return ClusterStore(url, os.environ.get(QDRANT_KEY))
+    return None if folder is None else FolderStore(folder)
 
 
 class FolderStore:

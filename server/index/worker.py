@@ -17,6 +17,7 @@ from server.index.edge import EdgeIndex, create_index, open_index
 from server.index.wire import pack_hits, pack_points, receive, send, unpack_points, unpack_row
 
 Answer = tuple[dict[str, Any], bytes]
+PATIENCE = 5.0
 DONE: Answer = ({}, b"")
 
 
@@ -105,7 +106,7 @@ def main(arguments: list[str]) -> None:
     folder = Path(arguments[1])
     made = IndexInfo.model_validate_json(arguments[2]) if len(arguments) > 2 else None
     try:
-        index = open_index(folder) if made is None else create_index(folder, made)
+        index = open_index(folder, PATIENCE) if made is None else create_index(folder, made)
     except PipelineError as error:
         send(stream, {"error": "open", "message": str(error)})
         return

@@ -97,10 +97,10 @@ def _check(wanted: SearchPointsRequest, index: Index, limits: Limits) -> None:
         check_text(wanted.keywords, "keywords", limits)
 
 
-def _queries(wanted: SearchPointsRequest) -> list[tuple[str, Query, float]]:
+def _queries(wanted: SearchPointsRequest) -> list[tuple[str, Query | SearchPointsRequest, float]]:
     """(parameter, query, signed weight) of everything to search for; the short form has no parameter of its own."""
     short = [form for form in (wanted.text, wanted.image, wanted.vector, wanted.id) if form is not None]
-    found: list[tuple[str, Query, float]] = []
+    found: list[tuple[str, Query | SearchPointsRequest, float]] = []
     if short:
         found.append(("", wanted, wanted.weight))
     found += [(f"queries[{n}]", query, query.weight) for n, query in enumerate(wanted.queries)]

@@ -4,12 +4,11 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from data_pipelines.errors import BadSample
 from server.answers import json_answer
 from server.batcher import Row
 from server.catalogue import model_of
-from server.errors import bad_item, bad_request
-from server.images import image_bytes
+from server.errors import ApiError, bad_request
+from server.inputs import see_pictures
 from server.limits import read_json
 from server.model import Model, Seen
 from server.schemas import ERRORS, ErrorBody, body_of
@@ -20,7 +19,6 @@ from server.settings import Limits
 
 router = APIRouter(tags=["native"])
 BODIES = (SearchRequest,)
-
 
 
 @router.post(
@@ -48,8 +46,8 @@ async def search(request: Request) -> Response:
 async def _query(model: Model, wanted: SearchRequest, limits: Limits) -> Row | Seen:
     if wanted.image is not None:
         (seen,) = await see_pictures(model, [("image", wanted.image)])
-        if isinstance(seen, BadSample):
-            raise bad_item(seen, "image")
+        if isinstance(seen, ApiError):
+            raise seen
         return seen
     assert wanted.text is not None
     check_text(wanted.text, "text", limits)

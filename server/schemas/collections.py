@@ -190,9 +190,14 @@ class Mmr(Body):
     diversity: float = Field(default=0.5, ge=0, le=1, description="0: by score alone; 1: by unlikeness alone.")
 
 
-class SearchPointsRequest(Query):
+class SearchPointsRequest(Body):
     """What to search for: one of text, image, vector and id here, any number in `queries`, or keywords."""
 
+    text: str | None = Field(default=None, min_length=1)
+    image: Any = Field(default=None, description="base64, data URI, or an object as in /v1/embeddings")
+    vector: Vector | None = None
+    id: Id | None = Field(default=None, description="A point of this collection.")
+    weight: Weight = Field(default=1.0, description="Of that one beside `queries`.")
     queries: list[Query] = Field(default=[], description="Added to one vector, each times its weight.")
     negative: list[Query] = Field(default=[], description="Subtracted from it: results lead away from these.")
     keywords: str | None = Field(default=None, min_length=1, description="BM25 over the captions, alone or fused in.")

@@ -20,6 +20,7 @@ from server.engine import BundleEngine
 from server.index.build import build_index
 from server.index.edge import open_index
 from server.settings import Settings
+from server.testing import FakeEngine
 from vlp.bundle import load_bundle, save_bundle
 from vlp.embed import embed_shards, weights_digest
 from vlp.testing import WORDS, micro_bundle, picture
@@ -107,3 +108,9 @@ def http() -> Iterator[httpx2.Client]:
 def b64() -> Callable[[bytes], str]:
     """Bytes as base64 text."""
     return lambda data: base64.b64encode(data).decode()
+
+
+@pytest.fixture
+def fake_engine() -> FakeEngine:
+    """An engine that answers at once."""
+    return FakeEngine()

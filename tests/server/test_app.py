@@ -4,69 +4,20 @@ import contextlib
 import json
 import os
 import socket
-import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx2
-import numpy as np
 import pytest
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from data_pipelines.errors import BadSample
 from server.app import create_app
-from server.engine import Engine, Vectors
+from server.engine import Engine
 from server.settings import Batching, Key, Limits, Settings, hash_key
+from server.testing import FakeEngine
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "openapi.json"
-
-
-class FakeEngine:
-    """Answers at once, or does what a test needs: wait, fail, end its thread, answer NaN."""
-
-    name, dim, created, context = "fake", 4, 1_700_000_000, 8
-
-    def __init__(self) -> None:
-        self.mood = "well"
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def prepare_texts(self, texts: Sequence[str]) -> Tensor:
-        return torch.tensor([[len(text), 0] for text in texts])
-
-    def overlong(self, texts: Sequence[str]) -> list[bool]:
-        return [False] * len(texts)
-
-    def prepare_image(self, data: bytes) -> Tensor:
-        if data.startswith(b"bad"):
-            raise BadSample("not_an_image", "/a/path/that/must/not/leak")
-        return torch.full((3, 2, 2), len(data), dtype=torch.uint8)
-
-    def encode_texts(self, tokens_NL: Tensor) -> Vectors:
-        return self._answer(len(tokens_NL))
-
-    def encode_images(self, pixels_NCHW: Tensor) -> Vectors:
-        return self._answer(len(pixels_NCHW))
-
-    def _answer(self, count: int) -> Vectors:
-        assert self.gate.wait(20)
-        if self.mood == "fails":
-            raise RuntimeError("secret words from /a/path")
-        if self.mood == "ends":
-            raise SystemExit
-        return np.full((count, 4), np.nan if self.mood == "nan" else 0.5, np.float32)
-
-    def count_tokens(self, tokens_NL: Tensor) -> NDArray[np.int64]:
-        return np.ones(len(tokens_NL), np.int64)
-
-    def classify(self, images_ND: Vectors, prompts_PD: Vectors, labels: int) -> tuple[Vectors, Vectors]:
-        found = np.full((len(images_ND), labels), np.inf, np.float32)
-        return found, found
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def test_every_acknowledged_write_survives_kill_9(kills: int, tmp_path: Path) ->
                 stored.update(range(number - 4, number + 1))
             else:
                 deleted.add(number)
-        index = open_index(folder)
+        index = open_index(folder, patience=10)  # the engine is no child of ours to wait for
         points = {int(p.id): p for p in index.get(sorted(stored | deleted), vectors=True)}
         # the last thing that was begun may have been a deletion that nobody acknowledged
         begun = {number - 4 for kind, number in said[-1:] if kind == "stored"}
