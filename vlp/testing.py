@@ -121,6 +121,22 @@ MICRO_OPTIONS: dict[str, dict[str, Any]] = {
 """Options that make the modules of an objective as small as these models; papers' sizes hold millions of weights."""
 
 
+def micro_detector(stage: str = "finetune", seed: int = 0, **config: Any) -> Bundle:
+    """A micro model with fresh parts that claim to be fine-tuned on two of its words, its dense head stirred a bit."""
+    from vlp.detection.model import PartsConfig, make_parts
+
+    bundle = micro_bundle(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        parts = make_parts(PartsConfig(**{**MICRO_PARTS, **config}), bundle.model, 16)
+        torch.nn.init.normal_(parts.dense.centre.weight, std=1.0)
+        torch.nn.init.normal_(parts.dense.sides.weight, std=0.5)
+    changed = {"stage": stage, "base_labels": WORDS[:2] if stage == "finetune" else ()}
+    parts.info = parts.info.model_copy(update=changed)
+    bundle.parts["detection"] = parts.eval()
+    return bundle
+
+
 def micro_model(objective: str) -> torch.nn.Module:
     """What an objective is tried on, its weights drawn anew: MICRO, with a decoder where the objective asks for one."""
     return instantiate(MICRO_COCA if objective == "coca" else MICRO)

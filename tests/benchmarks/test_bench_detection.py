@@ -147,6 +147,7 @@ def run_micro(folder: Path, monkeypatch: pytest.MonkeyPatch, without: tuple[str,
     return runner.run(), runner
 
 
+@pytest.mark.slow
 def test_the_bench_runs_at_micro_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One seed of the convolutional arms, two steps each, from composed shards to rows and the time of detection."""
     results, runner = run_micro(tmp_path, monkeypatch, ("fixed", "shifted"))
