@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test clients openapi bench-data prove-data bench-train prove-train bench-backdoor bench-detection \
+.PHONY: help setup demo test browser clients openapi bench-data prove-data bench-train prove-train bench-backdoor bench-detection \
   prove-trust claims format clean
 
 PYTHON ?= python3
@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml
 demo: setup  ## fetch real data, train from scratch, evaluate, report, serve, ask the server (<= 12 minutes)
 	$(call step,demo,$(BIN)/vlp demo --run-dir runs/demo)
 
-test: setup clients  ## everything CI runs: format, lint, types, quick tests, wheel, wheel smoke
+test: setup clients browser  ## everything CI runs: format, lint, types, quick tests, wheel, wheel smoke
 	$(call step,format,$(BIN)/ruff format --check .)
 	$(call step,lint,$(BIN)/ruff check .)
 	$(call step,types,$(BIN)/mypy)
@@ -47,6 +47,12 @@ test: setup clients  ## everything CI runs: format, lint, types, quick tests, wh
 	$(call step,wheel,rm -rf dist; $(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir dist .)
 	$(call step,wheel smoke,$(BIN)/python tests/wheel_smoke.py dist/*.whl)
 	@printf '\nmake test: all passed\n'
+
+browser:  ## a Chromium for the tests of the web page where there is none, by apt-get as root
+	$(call step,browser,if command -v chromium chromium-browser google-chrome-stable google-chrome; then :; \
+	  elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then apt-get update -qq; \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium > /dev/null; \
+	  else echo 'none here: install Chromium or the tests of the web page will fail'; fi)
 
 # The peers' own demands on versions contradict ours, so each has a place of its own inside the environment.
 PEERS = $(VENV)/peers

@@ -62,9 +62,9 @@ FOLDER = click.Path(path_type=Path)
 @json_option
 def serve(
     bundles: tuple[str, ...], index_folder: Path | None, collections: Path | None, qdrant: str | None,
-    guard_file: Path | None, host: str, port: int, device: str, backend: str, workers: int,
-    key_file: Path | None, allow_open: bool, rate: float | None, hosts: tuple[str, ...], origins: tuple[str, ...], fetch: bool, audit: Path | None, label_sets: Path | None, docs: bool | None,
-    log_format: str, log_level: str,
+    guard_file: Path | None, host: str, port: int, device: str, backend: str, workers: int, key_file: Path | None,
+    allow_open: bool, rate: float | None, hosts: tuple[str, ...], origins: tuple[str, ...], fetch: bool,
+    audit: Path | None, label_sets: Path | None, docs: bool | None, log_format: str, log_level: str,
     drain_wait: float, as_json: bool,
 ) -> None:  # fmt: skip
     """Serve one or several BUNDLEs over HTTP: /v1/embeddings, /v1/classify, /v1/search, /metrics, /docs.
@@ -82,8 +82,8 @@ def serve(
     _require_extra()
     settings = Settings(
         host=host, port=port, keys=keys, rate=Rate(per_second=rate, burst=max(1, round(2 * rate))) if rate else None,
-        hosts=hosts, cors_origins=origins, docs=is_loopback(host) if docs is None else docs, audit=audit, fetch=fetch_options() if fetch else None,
-        workers=workers, label_sets=label_sets,
+        hosts=hosts, cors_origins=origins, docs=is_loopback(host) if docs is None else docs, audit=audit,
+        fetch=fetch_options() if fetch else None, workers=workers, label_sets=label_sets,
     )  # fmt: skip
     launch = Launch(settings, bundles, index_folder, guard_file, device, backend, drain_wait, key_file,
                     collections, qdrant)  # fmt: skip

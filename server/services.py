@@ -10,8 +10,8 @@ from starlette.requests import Request
 
 from server.catalogue import Collections
 from server.detecting import Detecting
-from server.label_sets import LabelSets
 from server.fetching import Fetcher
+from server.label_sets import LabelSets
 from server.metrics import Metrics, write_state
 from server.model import Model, patiently
 from server.rates import Buckets

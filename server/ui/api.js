@@ -80,6 +80,6 @@ function verdicts(headers) {
 /** A refusal's message with the name of a file in place of the parameter that the API speaks of. */
 export function worded(error, name) {
   const found = /^(?:(?:queries\[\d+\]\.)?image|images\[\d+\]|queries\[\d+\])(?=:? )/.exec(error.message);
-  const message = found && name ? name + error.message.slice(found[0].length) : error.message;
-  return message.charAt(0).toUpperCase() + message.slice(1);
+  if (found && name) return name + error.message.slice(found[0].length);
+  return error.message.charAt(0).toUpperCase() + error.message.slice(1);
 }

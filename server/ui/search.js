@@ -48,7 +48,8 @@ export function load(known, query) {
   collections = known;
   const chosen = byId("c").value;
   fill(byId("c"), collections.map(({ name, points }) => el("option", { value: name }, `${name} (${count(points, "entry", "entries")})`)));
-  byId("c").value = collections.some(({ name }) => name === chosen) ? chosen : collections[0]?.name || "";
+  const first = collections.find((one) => one.default) || collections.find(({ points }) => points > 0) || collections[0];
+  byId("c").value = collections.some(({ name }) => name === chosen) ? chosen : first?.name || "";
   byId("collection-row").hidden = collections.length < 2;
   showFilters();
   if (!collections.length) byId("search-status").textContent = "This server has no collection to search in yet.";

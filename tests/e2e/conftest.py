@@ -1,18 +1,37 @@
-"""A real Chromium for the tests of the web page, driven over its DevTools pipe: no driver, no further package."""
+"""A real server with a page, and a real Chromium to look at it, driven over its DevTools pipe: no further package."""
 
 import base64
+import importlib
+import importlib.util
 import itertools
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
+import torch
+
+from data_pipelines.records import Record
+from data_pipelines.write import WriteOptions, write_shards
+from vlp.backdoor.guard import fit_guard, save_guard
+from vlp.bundle import save_bundle
+from vlp.embed import weights_digest
+from vlp.testing import WORDS, micro_bundle, picture
+
+ROOT = Path(__file__).parents[2]
+KEY = "a-key-for-the-tests-of-the-page"
+POINTS = 40
+MARKUP = "<img src=x onerror=alert(1)> is a caption"
+DETECTS = importlib.util.find_spec("vlp.detection") is not None
 
 NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 MISSING = "no Chromium here, and the web page is tested in one: apt-get install -y --no-install-recommends chromium"
@@ -21,6 +40,15 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions",
     "--disable-dev-shm-usage", "--hide-scrollbars", "--mute-audio", "--remote-debugging-pipe",
 )  # fmt: skip
+ON_3_AND_4 = """
+import os, sys
+given = [os.dup(int(number)) for number in sys.argv[1:3]]
+for here, wanted in zip(given, (3, 4)):
+    os.dup2(here, wanted)
+    os.set_inheritable(wanted, True)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
+"""Starts the browser with the pipe on the descriptors where it looks for it."""
 PATIENCE = 20.0
 """Seconds; the machine may be busy."""
 KEYS = {
@@ -36,9 +64,8 @@ class Browser:
     def __init__(self, command: str, profile: Path) -> None:
         down, self._out = os.pipe()
         self._in, up = os.pipe()
-        # the browser speaks on its descriptors 3 and 4
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{down} 4>&{up}', "sh", command, *FLAGS, f"--user-data-dir={profile}"],
+            [sys.executable, "-c", ON_3_AND_4, str(down), str(up), command, *FLAGS, f"--user-data-dir={profile}"],
             pass_fds=(down, up),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -50,6 +77,14 @@ class Browser:
         """What a page threw, and what its policy blocked."""
         self.requests: list[str] = []
         """Addresses that were asked for."""
+        try:
+            self._attach()
+        except BaseException:
+            self._process.kill()
+            self._process.wait(PATIENCE)
+            raise
+
+    def _attach(self) -> None:
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "DOM", "Network"):
@@ -161,15 +196,28 @@ class Browser:
     def choose(self, selector: str, files: Sequence[Path]) -> None:
         """Choose files in a file input."""
         node = self.call("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)})")
-        self.call(
-            "DOM.setFileInputFiles", files=[str(file) for file in files], objectId=node["result"]["objectId"]
+        self.call("DOM.setFileInputFiles", files=[str(file) for file in files], objectId=node["result"]["objectId"])
+
+    def paste(self, name: str, data: bytes) -> None:
+        """A picture out of the clipboard; a headless browser has none to fill, so that the event is made here."""
+        held = f"Uint8Array.from(atob('{base64.b64encode(data).decode()}'), (c) => c.charCodeAt(0))"
+        self.js(
+            f"(held => {{ held.items.add(new File([{held}], {json.dumps(name)}, {{type: 'image/jpeg'}}));"
+            "document.activeElement.dispatchEvent("
+            "new ClipboardEvent('paste', {clipboardData: held, bubbles: true, cancelable: true}));"
+            "})(new DataTransfer())"
+        )
+
+    def set(self, selector: str, value: str) -> None:
+        """Move a slider or choose from a list, whose own windows are out of reach."""
+        self.js(
+            f"(e => {{ e.value = {json.dumps(value)}; for (const kind of ['input', 'change'])"
+            f"e.dispatchEvent(new Event(kind, {{bubbles: true}})); }})(document.querySelector({json.dumps(selector)}))"
         )
 
     def window(self, width: int, height: int, *, dark: bool = False, phone: bool = False) -> None:
         """Size in CSS pixels and the colour scheme."""
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
@@ -192,9 +240,108 @@ class Browser:
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """A fresh Chromium, shared by the tests of a session. It is never skipped: a page nobody looked at is not tested."""
+    """A fresh Chromium, shared by the tests of a session. Without one they fail and are not skipped."""
     command = next((found for name in NAMES if (found := shutil.which(name))), None)
     assert command is not None, MISSING
     chromium = Browser(command, tmp_path_factory.mktemp("chromium"))
     yield chromium
     chromium.close()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A running server, and pictures to give to its page."""
+
+    url: str
+    files: Path
+    key: str = KEY
+    markup: str = MARKUP
+    """A caption."""
+
+    def ask(self, path: str, content: dict[str, Any]) -> Any:
+        """What the API says without a page."""
+        answer = httpx2.post(f"{self.url}{path}", json=content, headers={"Authorization": f"Bearer {KEY}"}, timeout=30)
+        assert answer.status_code < 300, answer.text
+        return answer.json()
+
+
+def b64(data: bytes) -> str:
+    """Base64 text."""
+    return base64.b64encode(data).decode()
+
+
+def guard_file(bundle: Path, folder: Path) -> Path:
+    """A guard that finds half of all pictures suspicious, so that both verdicts are seen."""
+    records = [Record(picture(i), (WORDS[i % 7],), "test", f"{i}.jpg") for i in range(120)]
+    write_shards(records, folder / "clean", WriteOptions(), kind="test", licences={}, progress=False)
+    info, profile = fit_guard(micro_bundle(), weights_digest(bundle), folder / "clean", "fast", 0.5)
+    save_guard(folder / "guard.safetensors", info, profile)
+    return folder / "guard.safetensors"
+
+
+def detector_folder(folder: Path) -> Path:
+    """A micro bundle with the parts of a detector, its dense head stirred so that it finds something."""
+    model, testing = (importlib.import_module(name) for name in ("vlp.detection.model", "vlp.testing"))
+    bundle: Any = micro_bundle()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        parts = model.make_parts(model.PartsConfig(**testing.MICRO_PARTS), bundle.model, 16)
+        torch.nn.init.normal_(parts.dense.centre.weight, std=1.0)
+        torch.nn.init.normal_(parts.dense.sides.weight, std=0.5)
+    parts.info = parts.info.model_copy(update={"stage": "finetune", "base_labels": WORDS[:2]})
+    bundle.parts["detection"] = parts.eval()
+    return save_bundle(bundle, folder)
+
+
+def fill(site: Site) -> None:
+    """Two collections, one with pictures in most payloads; a label set."""
+    fields = {"source": "keyword", "year": "integer"}
+    site.ask("/v1/collections", {"name": "photos", "fields": fields})
+    site.ask("/v1/collections", {"name": "bare", "captions": ""})
+    points: list[dict[str, Any]] = []
+    for n in range(POINTS):
+        data = picture(n)
+        payload: dict[str, Any] = {
+            "caption": f"{WORDS[n % 7]} number {n}",
+            "source": f"vendor{n % 3}",
+            "year": 2000 + n,
+        }
+        if n % 4:
+            payload["thumbnail"] = "data:image/jpeg;base64," + b64(data)
+        points.append({"id": n, "image": b64(data), "payload": payload})
+    points[0]["payload"]["caption"] = MARKUP
+    for some in (points[:25], points[25:]):  # a request may hold 32 pictures
+        site.ask("/v1/collections/photos/points", {"points": some})
+    site.ask("/v1/label-sets", {"name": "shapes", "labels": list(WORDS[:4])})
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A real `vlp serve` with a key, a guard, collections and, second, a model that detects."""
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "files").mkdir()
+    for n in range(4):
+        (folder / "files" / f"picture{n}.jpg").write_bytes(picture(n))
+    (folder / "files" / "broken.jpg").write_bytes(picture(0)[:-200])
+    (folder / "files" / "notes.txt").write_text("words")
+    bundle = save_bundle(micro_bundle(), folder / "micro")
+    bundles = [f"micro={bundle}"]
+    if DETECTS:
+        bundles.append(f"finder={detector_folder(folder / 'finder')}")
+    command = [
+        sys.executable, "-m", "vlp", "serve", *bundles, "--guard", str(guard_file(bundle, folder)),
+        "--collections", str(folder / "collections"), "--port", "0", "--json", "--log-level", "warning",
+        "--drain-wait", "0",
+    ]  # fmt: skip
+    environment = {**os.environ, "VLP_API_KEYS": KEY, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line, "the server did not start; its message is above"
+            started = Site(json.loads(line)["url"], folder / "files")
+            fill(started)
+            yield started
+        finally:
+            process.terminate()
+            process.wait(30)

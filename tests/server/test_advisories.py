@@ -198,7 +198,7 @@ def test_cve_2025_4517_and_cve_2024_3078_names_are_never_paths(url: str) -> None
             with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as raw:
                 raw.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
                 answer = b"".join(iter(lambda raw=raw: raw.recv(65536), b""))  # type: ignore[misc]
-            assert answer.split()[1] in (b"400", b"404"), path
+            assert answer.split()[1] in (b"400", b"404", b"307"), path  # 307: the same path without its last slash
             assert b"root:" not in answer
 
 

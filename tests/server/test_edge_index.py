@@ -120,7 +120,9 @@ def test_building_replaces_an_index_and_nothing_else(embeddings: Path, tmp_path:
     assert (foreign / "a.jpg").read_bytes() == b"dear"
 
 
-@pytest.mark.parametrize(("field", "message"), [("nope", "no such column"), ("score", "cannot be filtered by; text, numbers")])
+@pytest.mark.parametrize(
+    ("field", "message"), [("nope", "no such column"), ("score", "cannot be filtered by; text, numbers")]
+)
 def test_fields_that_cannot_be_indexed(field: str, message: str, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

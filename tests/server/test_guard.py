@@ -13,10 +13,11 @@ from click.testing import CliRunner
 from data_pipelines.records import Record
 from data_pipelines.write import WriteOptions, write_shards
 from server.app import create_app
-from server.cli import KEYS, serve
+from server.cli import serve
 from server.engine import BundleEngine
 from server.guarding import Guarding
 from server.index.edge import open_index
+from server.keys import ENVIRONMENT as KEYS
 from server.serving import Launch, build_app
 from server.settings import Settings
 from vlp.backdoor.guard import Guard, Info, Profile, fit_guard, load_guard, save_guard

@@ -14,6 +14,7 @@ import pytest
 
 from server.app import create_app
 from server.audit import verify
+from server.auth import identify
 from server.browsers import accepted_hosts, host_name
 from server.keys import add_key, read_file, read_keys, remove_key
 from server.logs import JsonLines, OneLine
@@ -97,11 +98,14 @@ def test_spellings_of_a_path_open_nothing(keyed: str) -> None:
 
 
 def test_a_key_is_compared_without_telling_which(monkeypatch: pytest.MonkeyPatch) -> None:
-    from server import auth
-
     compared: list[str] = []
-    monkeypatch.setattr(auth.hmac, "compare_digest", lambda given, known: compared.append(known) or given == known)
-    assert auth.identify(KEYS, "Bearer key-read") is KEYS[0]
+
+    def compare(given: str, known: str) -> bool:
+        compared.append(known)
+        return given == known
+
+    monkeypatch.setattr("server.auth.hmac.compare_digest", compare)
+    assert identify(KEYS, "Bearer key-read") is KEYS[0]
     assert compared == [key.sha256 for key in KEYS]
 
 
@@ -145,7 +149,7 @@ def test_only_this_machines_names_are_answered_on_loopback(serving: Any) -> None
         for host in ("localhost", "127.0.0.1:99", "[::1]:8000"):
             assert raw(url, f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\n\r\n") == 200
     assert accepted_hosts(Settings(host="0.0.0.0")) is None
-    assert accepted_hosts(Settings(host="0.0.0.0", hosts=("api.example",))) == {"api.example"}
+    assert accepted_hosts(Settings(host="0.0.0.0", hosts=("api.example",))) == frozenset({"api.example"})
     assert accepted_hosts(Settings(hosts=("*",))) is None
 
 

@@ -13,7 +13,9 @@ import httpx2
 import pytest
 from click.testing import CliRunner
 
-from server.cli import KEYS, is_loopback, serve
+from server.browsers import is_loopback
+from server.cli import serve
+from server.keys import ENVIRONMENT as KEYS
 from vlp.bundle import INFO, save_bundle
 from vlp.testing import micro_bundle
 

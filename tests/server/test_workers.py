@@ -90,12 +90,12 @@ class Load:
 
 
 def test_a_killed_worker_is_replaced_and_the_others_go_on(bundle_folder: Path) -> None:
-    with served(bundle_folder, "--workers", 2) as (process, url):
+    with served(bundle_folder, "--workers", "2") as (process, url):
         assert len(workers_of(process)) == 2
         for _ in range(3):
             before = workers_of(process)
             os.kill(min(before), signal.SIGKILL)
-            until(lambda before=before: len(workers_of(process) - before) == 1)  # type: ignore[misc]
+            until(lambda before=before: len(workers_of(process) - before) == 1)
             assert httpx2.get(f"{url}/readyz", timeout=30).status_code == 200
             until(lambda: "vlp_ready 2" in httpx2.get(f"{url}/metrics", timeout=30).text)
         assert process.poll() is None
@@ -104,7 +104,7 @@ def test_a_killed_worker_is_replaced_and_the_others_go_on(bundle_folder: Path) -
 
 
 def test_metrics_are_the_sum_over_workers(bundle_folder: Path) -> None:
-    with served(bundle_folder, "--workers", 2) as (process, url):
+    with served(bundle_folder, "--workers", "2") as (process, url):
         for number in range(20):  # each on a connection of its own, so that both workers get some
             assert httpx2.post(f"{url}/v1/embeddings", json={"input": str(number)}).status_code == 200
         wanted = 'vlp_requests_total{method="POST",route="/v1/embeddings",status="200"} 20'
@@ -121,7 +121,7 @@ def test_a_reload_by_one_worker_reaches_all(bundle_folder: Path, tmp_path: Path)
         found = [httpx2.post(f"{url}/v1/embeddings", json={"input": "red"}).json() for _ in range(12)]
         return {answer["data"][0]["embedding"][0] for answer in found}
 
-    with served(f"one={folder}", "--workers", 2) as (_, url):
+    with served(f"one={folder}", "--workers", "2") as (_, url):
         (before,) = answers(url)
         save_bundle(micro_bundle(seed=1), folder)
         assert httpx2.post(f"{url}/v1/models/one/reload", timeout=30).status_code == 200
@@ -156,7 +156,7 @@ def test_sighup_reads_keys_and_models_again(tmp_path: Path) -> None:
 
 def drain_once(bundle_folder: Path, workers: int) -> tuple[Counter[str], float, float]:
     """(what clients saw, seconds to 503 of readiness, seconds to the end) of one SIGTERM under load."""
-    with served(bundle_folder, "--workers", workers) as (process, url), httpx2.Client(timeout=5) as prober:
+    with served(bundle_folder, "--workers", str(workers)) as (process, url), httpx2.Client(timeout=5) as prober:
         assert prober.get(f"{url}/readyz").status_code == 200
         load = Load(url, 4)
         time.sleep(0.5)
@@ -197,7 +197,7 @@ def test_a_bundle_that_cannot_be_served_ends_all_workers(tmp_path: Path) -> None
 
 def test_workers_end_with_their_supervisor(bundle_folder: Path) -> None:
     """Killed, it can tell them nothing; they see it by their lifeline, and the port is free again."""
-    with served(bundle_folder, "--workers", 2) as (process, url):
+    with served(bundle_folder, "--workers", "2") as (process, url):
         pids = workers_of(process)
         process.kill()
         process.wait(10)

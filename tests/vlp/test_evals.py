@@ -351,9 +351,9 @@ def test_all_tasks_at_once(trained: Path, shards: Path) -> None:
     done = vlp_eval(str(trained), "--data", str(shards / "test"), "--task", "all", "--set", "captions=1", "--json")
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
-    assert result["task"] == "detection, geometry, label-alignment, label-retrieval, retrieval, segmentation, zero-shot", (
-        "knn and linear-probe need --train"
-    )
+    assert (
+        result["task"] == "detection, geometry, label-alignment, label-retrieval, retrieval, segmentation, zero-shot"
+    ), "knn and linear-probe need --train"
     alone = evals.evaluate(load_bundle(trained), "retrieval", shards / "test", {"captions": 1})
     assert {key: value for key, value in result["metrics"].items() if key.startswith("retrieval/")} == {
         f"retrieval/{key}": value for key, value in alone.items()
