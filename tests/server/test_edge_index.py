@@ -70,7 +70,7 @@ def test_filtered_search_equals_a_filtered_scan(
         scores = np.where(passing, vectors @ query, -np.inf)
         best = set(np.argsort(-scores)[:10].tolist())
         hits = big.search(query, 10, where, exact)
-        assert all(passing[hit.id] for hit in hits)
+        assert all(passing[int(hit.id)] for hit in hits)
         found += len(hits)
         right += len(best & {hit.id for hit in hits})
     assert found == 10 * len(queries)
