@@ -59,7 +59,7 @@ function refused(answer, body) {
   const error = (body && typeof body.error === "object" && body.error) || {};
   let message = error.message || `The server answered ${answer.status}.`;
   const wait = answer.headers.get("Retry-After");
-  if (answer.status === 401) message = "This needs an API key; enter it above.";
+  if (answer.status === 401) message = "This needs an API key.";
   else if (answer.status === 413) message = "This is too large for the server. Take fewer or smaller pictures.";
   else if (answer.status === 429) message = `Too busy: ${message}${wait ? ` (wait ${wait} s)` : ""}`;
   else if (answer.status >= 500) {

@@ -79,7 +79,7 @@ function chooseModels(models) {
 
 async function findDocs() {
   try {
-    byId("docs").hidden = !(await fetch("openapi.json", { method: "HEAD" })).ok;
+    byId("docs").hidden = !(await fetch("docs", { method: "HEAD" })).ok;
   } catch {
     byId("docs").hidden = true;
   }

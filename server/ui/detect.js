@@ -4,7 +4,7 @@ import { ask, worded } from "./api.js";
 import { byId, count, el, fill, fixed, guardBadge, listed, say, sendFrom } from "./dom.js";
 import { Well } from "./pictures.js";
 
-const MOST = 100; // objects of one picture
+const MOST = 100; // objects of one picture, whatever their scores: the slider chooses among them
 // told apart also by those who see few colours; each with the ink that is legible on it
 const COLOURS = [
   ["#ffc107", "#000"], ["#1e88e5", "#000"], ["#d81b60", "#fff"], ["#00bfa5", "#000"],
@@ -53,7 +53,7 @@ async function run() {
   const model = byId("detect-model").value;
   byId("detect-status").textContent = "Looking…";
   try {
-    const { body } = await ask("v1/detect", { images: [picture.uri], labels, top_k: MOST, ...(model && { model }) }, mine.signal);
+    const { body } = await ask("v1/detect", { images: [picture.uri], labels, top_k: MOST, threshold: 0, ...(model && { model }) }, mine.signal);
     const [row] = body.data;
     const image = el("img", { src: picture.uri });
     await image.decode();

@@ -22,15 +22,17 @@ import torch
 
 from data_pipelines.records import Record
 from data_pipelines.write import WriteOptions, write_shards
-from vlp.backdoor.guard import fit_guard, save_guard
+from vlp.backdoor.guard import Guard, fit_guard, save_guard
 from vlp.bundle import save_bundle
 from vlp.embed import weights_digest
+from vlp.infer import encode_images
 from vlp.testing import WORDS, micro_bundle, picture
 
 ROOT = Path(__file__).parents[2]
 KEY = "a-key-for-the-tests-of-the-page"
 POINTS = 40
 MARKUP = "<img src=x onerror=alert(1)> is a caption"
+TALL = [picture(500 + n, (40, 32 + 90 * n)) for n in range(4)]
 DETECTS = importlib.util.find_spec("vlp.detection") is not None
 
 NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
@@ -257,6 +259,8 @@ class Site:
     key: str = KEY
     markup: str = MARKUP
     """A caption."""
+    tall: tuple[bytes, ...] = tuple(TALL)
+    """Contents of tall0.jpg to tall3.jpg."""
 
     def ask(self, path: str, content: dict[str, Any]) -> Any:
         """What the API says without a page."""
@@ -271,11 +275,15 @@ def b64(data: bytes) -> str:
 
 
 def guard_file(bundle: Path, folder: Path) -> Path:
-    """A guard that finds half of all pictures suspicious, so that both verdicts are seen."""
-    records = [Record(picture(i), (WORDS[i % 7],), "test", f"{i}.jpg") for i in range(120)]
+    """A guard that finds two of the four tall pictures suspicious, so that both verdicts are seen."""
+    records = [Record(picture(i), (WORDS[i % 7],), "test", f"{i}.jpg") for i in range(240)]
     write_shards(records, folder / "clean", WriteOptions(), kind="test", licences={}, progress=False)
-    info, profile = fit_guard(micro_bundle(), weights_digest(bundle), folder / "clean", "fast", 0.5)
-    save_guard(folder / "guard.safetensors", info, profile)
+    model = micro_bundle()
+    info, profile = fit_guard(model, weights_digest(bundle), folder / "clean", "fast", 0.05)
+    scores = Guard(info, profile, model).scored(lambda: encode_images(model, TALL))[1].sort().values
+    assert scores[1] < scores[2]
+    middle = float((scores[1] + scores[2]) / 2)
+    save_guard(folder / "guard.safetensors", info.model_copy(update={"threshold": middle}), profile)
     return folder / "guard.safetensors"
 
 
@@ -322,6 +330,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     (folder / "files").mkdir()
     for n in range(4):
         (folder / "files" / f"picture{n}.jpg").write_bytes(picture(n))
+        (folder / "files" / f"tall{n}.jpg").write_bytes(TALL[n])
     (folder / "files" / "broken.jpg").write_bytes(picture(0)[:-200])
     (folder / "files" / "notes.txt").write_text("words")
     bundle = save_bundle(micro_bundle(), folder / "micro")

@@ -9,6 +9,7 @@ import pytest
 
 from vlp.testing import WORDS, picture
 
+NAMES = [f"tall{n}.jpg" for n in range(4)]
 CONTRAST = """(() => {
   const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
   const linear = (c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
@@ -199,13 +200,14 @@ def test_zero_shot_bars_are_the_servers_numbers(browser: Any, site: Any) -> None
     visit(browser, site, "classify")
     browser.click("#classify-form button.main")
     assert "Choose a picture" in browser.text("#classify-problem")
-    browser.drop("#view-classify", [site.files / name for name in ("picture0.jpg", "picture1.jpg", "broken.jpg")])
-    browser.wait("document.querySelectorAll('#view-classify .chip').length === 3")
+    browser.drop("#view-classify", [site.files / name for name in (*NAMES, "broken.jpg")])
+    browser.wait("document.querySelectorAll('#view-classify .chip').length === 5")
     browser.write("#labels", "red circle\na bear, sitting\ntall tree")
     browser.press("Enter", "Control")
-    browser.wait("document.querySelectorAll('.verdict').length === 3")
+    browser.wait("document.querySelectorAll('.verdict').length === 5")
     labels = ["red circle", "a bear, sitting", "tall tree"]
-    answer = site.ask("/v1/classify", {"images": [b64(picture(0)), b64(picture(1))], "labels": labels})
+    answer = site.ask("/v1/classify", {"images": [b64(data) for data in site.tall], "labels": labels})
+    assert sum(row["guard"]["flagged"] for row in answer["data"]) == 2
     for n, row in enumerate(answer["data"], 1):
         card = f".verdict:nth-child({n})"
         assert browser.text(f"{card} h3") == row["predictions"][0]["label"]
@@ -221,9 +223,10 @@ def test_zero_shot_bars_are_the_servers_numbers(browser: Any, site: Any) -> None
         assert [float(width[:-1]) for width in widths] == pytest.approx(
             [p["probability"] * 100 for p in row["predictions"]], abs=0.01
         )
-        assert "Guard:" in browser.text(card)
-    assert "broken.jpg: the picture is cut short" in browser.text(".verdict:nth-child(3)")
-    assert "2 pictures classified, 1 could not be used" in browser.text("#classify-status")
+        words = "Guard: suspicious" if row["guard"]["flagged"] else "Guard: nothing unusual"
+        assert words in browser.text(f"{card} .badge")
+    assert "broken.jpg: the picture is cut short" in browser.text(".verdict:nth-child(5)")
+    assert "4 pictures classified, 1 could not be used" in browser.text("#classify-status")
     browser.click("#classify-more summary")
     browser.write("#floor", "0.99")
     browser.press("Enter")
@@ -256,7 +259,13 @@ def test_boxes_are_drawn_where_the_detector_found_them(browser: Any, site: Any) 
     browser.click("#detect-form button.main")
     browser.wait("!document.querySelector('#found').hidden")
     browser.set("#shown", "0")
-    wanted = {"images": [b64(picture(1))], "labels": ["bear", "red circle"], "top_k": 100, "model": "finder"}
+    wanted = {
+        "images": [b64(picture(1))],
+        "labels": ["bear", "red circle"],
+        "top_k": 100,
+        "threshold": 0,
+        "model": "finder",
+    }
     (row,) = site.ask("/v1/detect", wanted)["data"]
     best = row["detections"][0]
     assert browser.count("#objects li") == len(row["detections"])
