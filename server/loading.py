@@ -49,7 +49,7 @@ def load_sources(given: Sequence[str], guard: Path | None, device: str, backend:
 
 def load_model(name: str, folder: Path, guard: Path | None, device: str, backend: str, limits: Limits) -> "Loaded":
     """One model with its guard. Raises PipelineError."""
-    from server.backends import choose
+    from server.backends import choose, plain_towers
     from server.engine import BundleEngine
     from server.guarding import Guarding
     from server.model import Loaded
@@ -62,7 +62,8 @@ def load_model(name: str, folder: Path, guard: Path | None, device: str, backend
     digest = weights_digest(folder)
     if guard is not None and backend not in ("auto", "torch"):
         raise PipelineError(f"--guard looks into the model as torch runs it: --backend {backend} cannot be guarded")
-    towers = choose(bundle, "torch" if guard is not None else backend)
+    # a lean tower runs its last block for the pooled token alone, and the guard watches all of what that block gives
+    towers = plain_towers(bundle) if guard is not None else choose(bundle, backend)
     engine = BundleEngine(bundle, limits, name, towers)
     guarding = Guarding(Guard(*load_guard(guard, digest), bundle)) if guard is not None else None
     return Loaded(engine, guarding, digest, folder)

@@ -14,10 +14,9 @@ from data_pipelines.records import Record
 from data_pipelines.write import WriteOptions, write_shards
 from server.app import create_app
 from server.cli import serve
-from server.engine import BundleEngine
-from server.guarding import Guarding
 from server.index.edge import open_index
 from server.keys import ENVIRONMENT as KEYS
+from server.loading import load_model
 from server.serving import Launch, build_app
 from server.settings import Settings
 from vlp.backdoor.guard import Guard, Info, Profile, fit_guard, load_guard, save_guard
@@ -57,9 +56,10 @@ def guarded(
     bundle_folder: Path, guard_file: Path, index_folder: Path, tmp_path_factory: pytest.TempPathFactory, serving: Any
 ) -> Iterator[str]:
     index = shutil.copytree(index_folder, tmp_path_factory.mktemp("copy") / "index")  # the other is open already
-    settings, bundle = Settings(), load_bundle(bundle_folder)
-    guarding = Guarding(Guard(*load_guard(guard_file, weights_digest(bundle_folder)), bundle))
-    app = create_app(settings, BundleEngine(bundle, settings.limits), open_index(index), guarding)
+    settings = Settings()
+    # loaded as `vlp serve` does it: which towers run decides what the guard gets to see
+    loaded = load_model("", bundle_folder, guard_file, "cpu", "torch", settings.limits)
+    app = create_app(settings, loaded.engine, open_index(index), loaded.guarding)
     with serving(app) as url:
         yield url
 
