@@ -54,7 +54,7 @@ class Runner:
         self.stages = {stage.name: stage for stage in stages}
         self.workers = workers
         self.root = cache_dir() / "bench" / suite
-        self.record = record or RESULTS / f"{suite}-stages.json"
+        self.record = record or RESULTS / "stages" / f"{suite}.json"
         self._folders: dict[str, Path] = {}
 
     def folder(self, name: str) -> Path:
@@ -111,6 +111,7 @@ class Runner:
         row = {"name": name, "stage": self.folder(name).name, "printed": _short(printed)}
         told["rows"] = [*(old for old in told["rows"] if old["stage"] != row["stage"]), row]
         lines = ",\n".join(json.dumps(item, ensure_ascii=False) for item in told["rows"])
+        self.record.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self.record, lambda stream: stream.write(f'{{"rows": [\n{lines}\n]}}\n'.encode()))
 
     def _do(self, stage: Stage) -> None:
@@ -132,7 +133,8 @@ def _short(printed: Mapping[str, Any]) -> dict[str, Any]:
     for part in printed.values():
         if isinstance(part, dict):
             plain |= {key: value for key, value in part.items() if not isinstance(value, list | dict)}
-    return {key: round(value, 6) if isinstance(value, float) else value for key, value in plain.items()}
+    own = {key: value for key, value in plain.items() if not (isinstance(value, str) and "/" in value)}  # no paths
+    return {key: round(value, 6) if isinstance(value, float) else value for key, value in own.items()}
 
 
 def _apart(script: str, words: Sequence[str], out: Path) -> int:
