@@ -21,7 +21,7 @@ step = @printf '\n== %s\n' '$(1)'; began=$$SECONDS; $(2); printf -- '-- %s: %d s
 
 CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version.split()[0]; print("Python", v); \
 	sys.exit(0 if (3, 10) <= sys.version_info < (3, 14) else "needs Python 3.10 to 3.13: make setup PYTHON=python3.12")'
-INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --editable '.[serve,onnx,scan,detect,dev]'
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --editable '.[serve,onnx,scan,detect,faiss,dev]'
 
 help:  ## list the targets (default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20

@@ -178,7 +178,7 @@ def new(name: str, path: Path, scope: Scope, rate: float | None, as_json: bool) 
     emit({"name": name, "scope": scope, "key": value}, as_json, [value])
 
 
-@keys.command()
+@keys.command(epilog="Example: vlp keys drop web --file keys.json")
 @click.argument("name")
 @click.option("--file", "path", type=FOLDER, required=True)
 def drop(name: str, path: Path) -> None:
@@ -186,7 +186,7 @@ def drop(name: str, path: Path) -> None:
     remove_key(path, name)
 
 
-@keys.command(name="list")
+@keys.command(name="list", epilog="Example: vlp keys list --file keys.json")
 @click.option("--file", "path", type=FOLDER, required=True)
 @json_option
 def list_keys(path: Path, as_json: bool) -> None:
@@ -199,7 +199,7 @@ def list_keys(path: Path, as_json: bool) -> None:
     )
 
 
-@keys.command()
+@keys.command(epilog="Example: vlp keys audit audit.jsonl")
 @click.argument("log", type=FOLDER)
 @json_option
 def audit(log: Path, as_json: bool) -> None:

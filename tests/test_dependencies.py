@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_USE: dict[str, tuple[str, ...]] = {
     "data_pipelines": ("ray",),
     "vlp": ("wandb", "mlflow", "onnx", "scan", "detect"),
-    "server": ("serve", "faiss"),
+    "server": ("serve", "faiss", "onnx", "openvino"),
     "tests": ("serve", "faiss", "dev", "wandb", "mlflow", "onnx", "scan", "detect"),
 }
 """Top folder -> extras whose packages it may import, beside the core dependencies."""

@@ -126,9 +126,13 @@ def test_resolve_by_path_name_and_kind(photos: Path) -> None:
 
 
 def test_resolve_lists_what_exists(photos: Path) -> None:
-    with pytest.raises(PipelineError, match="nope: no such path, .* clipart, emoji, fashion-mnist, starter"):
+    with pytest.raises(
+        PipelineError, match="nope: no such path, .* clipart, detection-starter, emoji, fashion-mnist, starter"
+    ):
         sources.resolve("nope")
-    with pytest.raises(PipelineError, match="kind 'rar' does not exist; kinds are clipart, coco, emoji, "):
+    with pytest.raises(
+        PipelineError, match="kind 'rar' does not exist; kinds are clipart, coco, detection-starter, emoji, "
+    ):
         sources.resolve(str(photos), "rar")
     with pytest.raises(PipelineError, match="no kind reads such a file"):
         sources.resolve(str(photos / "p0.png"))

@@ -16,7 +16,8 @@ LEAVES = [
     ["eval"], ["detect"], ["export"], ["claims", "ls"], ["claims", "run"], ["claims", "table"], ["claims", "data"],
     ["runs", "ls"], ["runs", "compare"], ["profile"], ["embed"], ["curate", "cluster"], ["curate", "entity"],
     ["poison"], ["scan"], ["audit"], ["clean"], ["segment"], ["backdoor", "report"], ["backdoor", "verify"],
-    ["guard"], ["index", "build"], ["serve"], ["demo"], ["doctor"],
+    ["guard"], ["index", "build"], ["index", "import"], ["index", "export"], ["index", "push"],
+    ["keys", "new"], ["keys", "list"], ["keys", "audit"], ["serve"], ["demo"], ["doctor"],
 ]  # fmt: skip
 
 
