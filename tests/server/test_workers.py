@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ import httpx2
 import pytest
 
 from server.keys import ENVIRONMENT, add_key
+from server.serving import BEAT_SECONDS
 from vlp.bundle import save_bundle
 from vlp.testing import micro_bundle
 
@@ -27,20 +29,23 @@ ROOT = Path(__file__).parents[2]
 def served(*arguments: str | Path, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A running `vlp serve` and its URL; killed at the end if it still runs."""
     command = [sys.executable, "-m", "vlp", "serve", *map(str, arguments), "--port", "0", "--json"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", ENVIRONMENT: "", **environment},
-    )  # fmt: skip
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    try:
-        if not line:
-            raise AssertionError(process.communicate()[1])
-        yield process, json.loads(line)["url"]
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    # a file, not a pipe: a pipe that nobody reads is full after some hundred log lines, and then the server waits
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", ENVIRONMENT: "", **environment},
+        )  # fmt: skip
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        try:
+            if not line:
+                log.seek(0)
+                raise AssertionError(log.read())
+            yield process, json.loads(line)["url"]
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
 
 
 def workers_of(process: subprocess.Popen[str]) -> set[int]:
@@ -109,6 +114,7 @@ def test_metrics_are_the_sum_over_workers(bundle_folder: Path) -> None:
             assert httpx2.post(f"{url}/v1/embeddings", json={"input": str(number)}).status_code == 200
         wanted = 'vlp_requests_total{method="POST",route="/v1/embeddings",status="200"} 20'
         until(lambda: wanted in httpx2.get(f"{url}/metrics").text)
+        time.sleep(2 * BEAT_SECONDS)  # what a worker has counted since its last beat goes with it
         os.kill(min(workers_of(process)), signal.SIGKILL)
         time.sleep(0.2)
         assert wanted in httpx2.get(f"{url}/metrics").text, "a counter fell"
@@ -173,7 +179,7 @@ def drain_once(bundle_folder: Path, workers: int) -> tuple[Counter[str], float, 
         return seen, unready, seconds
 
 
-@pytest.mark.slow  # one in some ten drains still breaks a connection, or does not end: an open fault
+@pytest.mark.slow  # on a crowded machine one connection of some hundreds was still reset, once: an open fault
 @pytest.mark.parametrize("workers", [1, 2])
 def test_sigterm_under_load_breaks_nothing(workers: int, bundle_folder: Path) -> None:
     seen, unready, seconds = drain_once(bundle_folder, workers)
