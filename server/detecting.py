@@ -4,16 +4,19 @@ Pictures are decoded outside the model's thread, and go through it one at a time
 """
 
 import asyncio
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_pipelines.errors import BadSample, BundleError
 from server.engine import BundleEngine, check_picture
 from server.errors import ApiError, bad_item, bad_request
-from server.model import Model, patiently
+from server.model import Model, overloaded, patiently
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from vlp.detection.infer import Detection, Detector, View
+    from vlp.detection.scores import Options
 
 NO_PARTS = (
     "model {name!r} has no detection parts, so that it cannot find objects: train it with the recipes "
@@ -28,8 +31,8 @@ class FoundIn:
     width: int
     """Of the upright picture, pixels."""
     height: int
-    detections: list[Any]
-    """vlp.detection.infer.Detection, best first."""
+    detections: "list[Detection]"
+    """The best first."""
 
 
 class Detecting:
@@ -47,20 +50,22 @@ class Detecting:
 
         `options`: fields of the detector's Options. Raises ApiError 400 for a model without detection parts, 429.
         """
+        from vlp.detection.scores import Options
+
         if self._accepted + len(pictures) > self._most:
-            raise ApiError(429, "too much is waiting already; try again", "overloaded", retry_after=1)
+            raise overloaded(1)
         self._accepted += len(pictures)
         try:
             detector = await self._detector(model)
-            chosen = importlib.import_module("vlp.detection.scores").Options(**options)
+            chosen = Options(**options)
             return [await self._one(model, detector, param, data, labels, chosen) for param, data in pictures]
         finally:
             self._accepted -= len(pictures)
 
     async def _one(
-        self, model: Model, detector: Any, param: str, data: bytes, labels: Sequence[str], options: Any
+        self, model: Model, detector: "Detector", param: str, data: bytes, labels: Sequence[str], options: "Options"
     ) -> FoundIn | ApiError:
-        def view() -> Any:
+        def view() -> "View":
             check_picture(data, self._settings.limits)
             return detector.view(data)
 
@@ -71,22 +76,23 @@ class Detecting:
             return bad_item(error, param)
         return FoundIn(seen.width, seen.height, found)
 
-    async def _detector(self, model: Model) -> Any:
+    async def _detector(self, model: Model) -> "Detector":
         """The model's detector, kept on it. Raises ApiError 400."""
         if model.detector is None:
             try:
                 model.detector = await model.run(lambda: _load(model))
-            except (BundleError, ModuleNotFoundError) as error:
+            except BundleError as error:
                 raise bad_request(NO_PARTS.format(name=model.name), "model", "no_detection_parts") from error
         return model.detector
 
 
-def _load(model: Model) -> Any:
-    infer = importlib.import_module("vlp.detection.infer")
+def _load(model: Model) -> "Detector":
+    from vlp.detection.infer import Detector, load_detector
+
     if isinstance(model.engine, BundleEngine):
-        detector = infer.Detector.of(model.engine.bundle)
+        detector = Detector.of(model.engine.bundle)
     elif model.folder is not None:
-        detector = infer.load_detector(model.folder)
+        detector = load_detector(model.folder)
     else:
         raise BundleError("this engine has no bundle")
     if detector.parts.info.stage == "pretrain":

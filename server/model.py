@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from server.heads import Heads
 from server.metrics import ITEMS, Metrics
 from server.results import Results
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from vlp.detection.infer import Detector
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +92,7 @@ class Model:
         )
         self._text_results: Results[str] = Results(self._texts.submit, batching.results, partial(self._count, "text"))
         self.heads = Heads(self.embed_texts)
-        self.detector: Any = None
+        self.detector: Detector | None = None
         """What `detecting` has loaded for it."""
         self._canary_at = -CANARY_REST
 
@@ -141,11 +144,6 @@ class Model:
         for kind, batcher in (("image", self._images), ("text", self._texts)):
             self._metrics.gauge("vlp_items_waiting", batcher.accepted, model=self.name, kind=kind)
             self._metrics.gauge("vlp_backlog_seconds", batcher.backlog, model=self.name, kind=kind)
-
-    @property
-    def overloaded(self) -> float:
-        """Seconds to wait before a picture would be accepted; 0 when it would be now."""
-        return self._images.excess
 
     def _count(self, kind: str, how: str) -> None:
         self._metrics.add("vlp_items_total", model=self.name, kind=kind, how=how)

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import sha256
@@ -160,8 +160,3 @@ def _main(script: str, words: list[str], out: str) -> None:
 
     sys.argv = ["vlp", *words, "--json"]
     main()
-
-
-def complete(results: Results, stages: Collection[Stage]) -> bool:
-    """Whether all of these stages are known."""
-    return all(stage.name in results for stage in stages)

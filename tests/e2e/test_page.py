@@ -250,7 +250,6 @@ def test_a_model_without_a_detector_says_so(browser: Any, site: Any) -> None:
 
 
 def test_boxes_are_drawn_where_the_detector_found_them(browser: Any, site: Any) -> None:
-    pytest.importorskip("vlp.detection.infer")
     visit(browser, site, "detect")
     browser.choose("#detect-file", [site.files / "picture1.jpg"])
     browser.wait("document.querySelectorAll('#view-detect .chip').length === 1")

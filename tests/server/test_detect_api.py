@@ -38,7 +38,6 @@ def detector_folder(folder: Path, stage: str) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("vlp.detection.infer")
     return detector_folder(tmp_path_factory.mktemp("detector"), "finetune")
 
 
@@ -143,7 +142,6 @@ def test_a_bundle_without_parts_is_told_so(live: str, http: httpx2.Client, b64: 
 
 
 def test_parts_that_never_saw_a_box_are_refused(http: httpx2.Client, b64: B64, tmp_path: Path, serving: Any) -> None:
-    pytest.importorskip("vlp.detection.infer")
     settings = Settings()
     bundle = load_bundle(detector_folder(tmp_path, "pretrain"))
     with serving(create_app(settings, BundleEngine(bundle, settings.limits))) as url:
