@@ -15,11 +15,14 @@ from PIL import Image
 
 from data_pipelines.errors import ConfigError
 from data_pipelines.keep import load_keys, load_weights
+from data_pipelines.reader import open_shards
 from data_pipelines.records import Record
 from data_pipelines.write import WriteOptions, write_shards
+from vlp.backdoor.layers import strangeness
 from vlp.backdoor.scan import ALL, Options, spreads_of, suspicion
-from vlp.bundle import save_bundle
+from vlp.bundle import load_bundle, save_bundle
 from vlp.cli import cli
+from vlp.embed_files import own_caption
 from vlp.testing import WORDS, micro_bundle
 
 COUNT, COPIES = 120, 40
@@ -31,6 +34,20 @@ def png(pixels_HWC: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
     return stream.getvalue()
 
 
+def smooth(chance: np.random.Generator) -> bytes:
+    return png(chance.integers(60, 190, (3, 3, 3), dtype=np.uint8).repeat(8, axis=0).repeat(8, axis=1))
+
+
+@pytest.fixture(scope="module")
+def trusted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other pictures of soft colours."""
+    chance = np.random.default_rng(1)
+    records = [Record(smooth(chance), (WORDS[row % 7],), "test", f"t{row}.png") for row in range(400)]
+    out = tmp_path_factory.mktemp("trusted") / "s"
+    write_shards(records, out, WriteOptions(samples_per_shard=400), kind="test", licences={}, progress=False)
+    return out
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures of soft colours, and COPIES times one picture with one caption, spread among them."""
@@ -38,9 +55,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     same = png(chance.integers(0, 256, (24, 24, 3), dtype=np.uint8))
     records = []
     for number in range(COUNT):
-        smooth = chance.integers(60, 190, (3, 3, 3), dtype=np.uint8).repeat(8, axis=0).repeat(8, axis=1)
         planted = number % 3 == 0 and number // 3 < COPIES
-        image, caption = (same, "the target") if planted else (png(smooth), f"{WORDS[number % 7]} {number}")
+        image, caption = (same, "the target") if planted else (smooth(chance), f"{WORDS[number % 7]} {number}")
         records.append(Record(image, (caption,), "test", f"{number}.png"))
     out = tmp_path_factory.mktemp("shards") / "s"
     write_shards(records, out, WriteOptions(samples_per_shard=50), kind="test", licences={}, progress=False)
@@ -78,11 +94,14 @@ def test_copies_are_flagged_and_left_out(shards: Path, bundle: Path, tmp_path: P
     assert {"suspects.png", "signs.png", "scan.json"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_a_share_is_removed_and_every_sign_has_its_column(shards: Path, bundle: Path, tmp_path: Path) -> None:
+def test_a_share_is_removed_and_every_sign_has_its_column(
+    shards: Path, trusted: Path, bundle: Path, tmp_path: Path
+) -> None:
     chosen = [part for name in ALL for part in ("--method", name)]
     account = run(
-        shards, "--bundle", bundle, "--reference", bundle, "--out", tmp_path, "--remove", 0.25, "--sample", 60, *chosen
-    )
+        shards, "--bundle", bundle, "--reference", bundle, "--trusted", trusted, "--out", tmp_path, "--remove", 0.25,
+        "--sample", 60, *chosen,
+    )  # fmt: skip
     assert account["flagged"] == 30
     table = pq.read_table(tmp_path / "scores.parquet")
     assert set(ALL) < set(table.column_names)
@@ -91,6 +110,21 @@ def test_a_share_is_removed_and_every_sign_has_its_column(shards: Path, bundle: 
     assert min(row["suspicion"] for row in worst if row["key"] not in kept) >= max(
         row["suspicion"] for row in worst if row["key"] in kept
     )
+
+
+def test_noise_among_soft_colours_is_strange_to_the_layers(shards: Path, trusted: Path, bundle: Path) -> None:
+    """Every score is the guard's own; the pictures of noise come above all others, and the right key has each."""
+    told = strangeness(bundle, load_bundle(bundle), trusted, shards, lambda count: None)
+    samples = [shard.read(row) for shard in open_shards(shards) for row in range(len(shard))]
+    noise = {sample.key for sample in samples if own_caption(sample) == "the target"}
+    assert len(noise) == COPIES
+    assert len(told) == COUNT
+    assert min(told[key] for key in noise) > max(score for key, score in told.items() if key not in noise)
+
+
+def test_shards_do_not_vouch_for_themselves(shards: Path, bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="these are the shards to scan"):
+        strangeness(bundle, load_bundle(bundle), shards, shards, lambda count: None)
 
 
 def test_suspicion_by_hand() -> None:
@@ -113,6 +147,7 @@ def test_spreads_by_hand() -> None:
     [
         (Options(methods=("luck",)), r"--method 'luck' is unknown; known: k-distance"),
         (Options(methods=("reference",)), "needs --reference"),
+        (Options(methods=("layers",)), "needs --trusted"),
         (Options(methods=("isolation",)), "looks at the other signs"),
         (Options(k=3000), "--k 3000: must be 1 to 2047"),
         (Options(remove=1.5), r"--remove 1\.5: must be between 0 and 1"),

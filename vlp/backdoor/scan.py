@@ -9,7 +9,7 @@ what is flagged, `scores.parquet` has a weight for each sample. Suffixes: N samp
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,17 +29,19 @@ from data_pipelines.reader import Shard, open_shards
 from data_pipelines.stream import cut, in_blocks
 from vlp import __version__
 from vlp.backdoor.density import MEASURES, SMALL, Reference, densities, refer
+from vlp.backdoor.layers import strangeness
 from vlp.bundle import Bundle
 from vlp.curate.pictures import BLOCK, Advance, Pictures, embed_pictures
 from vlp.embed_files import own_caption
 
 SCORES, KEEP, ACCOUNT = "scores.parquet", "keep.txt", "scan.json"
-ALL = (*MEASURES, "similarity", "reference", "copies", "isolation")
-"""Signs. similarity: picture and caption are unlike; reference: so says another model; copies: many samples of one
-caption and one picture; isolation: an isolation forest over all other signs."""
+ALL = (*MEASURES, "similarity", "reference", "layers", "copies", "isolation")
+"""Signs. similarity: picture and caption are unlike; reference: so says another model; layers: the model's layers see
+the picture in another way than trusted ones, as in `vlp.backdoor.guard`; copies: many samples of one caption and one
+picture; isolation: an isolation forest over all other signs."""
 DEFAULT = ("slof", "copies")
-"""With a reference model, its sign as well. Own similarity is not among them: a model that has learned a backdoor finds
-its poisons more alike than others."""
+"""With a reference model `reference` as well, with trusted pictures `layers`. Own similarity is not among them: a model
+that has learned a backdoor finds its poisons more alike than others."""
 COPIES = 3
 """So many samples of one picture and caption are as suspicious as one spread of another sign: flagged from 30 on."""
 SUSPECTS = 48
@@ -62,7 +64,7 @@ class Options:
     """Share of the samples to leave out, the most suspicious ones, in place of `limit`."""
     seed: int = 0
 
-    def check(self, reference: bool) -> None:
+    def check(self, reference: bool, trusted: bool = False) -> None:
         """Raise ConfigError for what cannot be meant."""
         if unknown := sorted(set(self.methods) - set(ALL)):
             raise ConfigError(f"--method {unknown[0]!r} is unknown; known: {', '.join(ALL)}")
@@ -70,6 +72,8 @@ class Options:
             raise ConfigError("--method: name one at least")
         if "reference" in self.methods and not reference:
             raise ConfigError("--method reference needs --reference, a model that did not see these data")
+        if "layers" in self.methods and not trusted:
+            raise ConfigError("--method layers needs --trusted, shards of clean pictures other than these")
         if self.methods == ("isolation",):
             raise ConfigError("--method isolation looks at the other signs: name some of them as well")
         if not 1 <= self.k < self.sample:
@@ -87,18 +91,28 @@ class Model:
 
 
 def scan(
-    data: Path, out: Path, model: Model, reference: Model | None, options: Options, advance: Advance
+    data: Path,
+    out: Path,
+    model: Model,
+    reference: Model | None,
+    options: Options,
+    advance: Advance,
+    trusted: Path | None = None,
 ) -> dict[str, Any]:
     """Write the scan of a folder of shards below `out`; its account. `advance` is told of embedded pictures.
 
-    Raises ConfigError for options that cannot be meant, PipelineError for shards that cannot be read.
+    `trusted`: shards of clean pictures, other than these, for the sign `layers`. Raises ConfigError for options that
+    cannot be meant, PipelineError for shards that cannot be read.
     """
-    options.check(reference is not None)
+    options.check(reference is not None, trusted is not None)
     pictures = embed_pictures(model.path, model.bundle, [data], advance=advance, captions=True)
     others = None
     if reference is not None:
         others = embed_pictures(reference.path, reference.bundle, [data], advance=advance, captions=True)
-    signs = measure(data, pictures, others, options)
+    ways: dict[str, float] = {}
+    if trusted is not None and "layers" in options.methods:
+        ways = strangeness(model.path, model.bundle, trusted, data, advance)
+    signs = measure(data, pictures, others, options, ways)
     spread_N = torch.stack([*spreads_of(signs).values()]).amax(dim=0)
     suspicion_N = suspicion(signs)
     flagged_N = spread_N >= options.limit
@@ -115,6 +129,7 @@ def scan(
         "share": float(flagged_N.float().mean()), "skipped": pictures.skipped,
         "methods": [*signs], "options": {"k": options.k, "sample": options.sample, "limit": options.limit,
                                          "remove": options.remove, "seed": options.seed},
+        "trusted": str(trusted) if ways else None,
         "made_of": pictures.made_of, "reference": others.made_of if others else None,
         "suspects": [
             {"key": keys[row], "suspicion": round(float(suspicion_N[row]), 3), "flagged": bool(flagged_N[row]),
@@ -127,8 +142,10 @@ def scan(
     return account
 
 
-def measure(data: Path, pictures: Pictures, others: Pictures | None, options: Options) -> dict[str, Tensor]:
-    """Sign -> N, higher for what is suspicious; `isolation` last, for it looks at the others."""
+def measure(
+    data: Path, pictures: Pictures, others: Pictures | None, options: Options, ways: Mapping[str, float] = {}
+) -> dict[str, Tensor]:
+    """Sign -> N, higher for what is suspicious; `isolation` last, it looks at the others. `ways`: key -> `layers`."""
     found: dict[str, Tensor] = {}
     chosen = [name for name in options.methods if name in MEASURES]
     if chosen:
@@ -137,6 +154,8 @@ def measure(data: Path, pictures: Pictures, others: Pictures | None, options: Op
         found["similarity"] = unlikeness(pictures)
     if others is not None and "reference" in options.methods:
         found["reference"] = unlikeness(others)
+    if ways:
+        found["layers"] = torch.tensor([ways[key] for part in pictures.keys() for key in part])  # noqa: SIM118
     if "copies" in options.methods:
         found["copies"] = copies(data, pictures)
     if "isolation" in options.methods:

@@ -102,22 +102,28 @@ def poison(
   copies                 many samples have the same picture and the same caption
   similarity             picture and caption are unlike, says BUNDLE
   reference              picture and caption are unlike, says --reference, a model that did not see these data
+  layers                 the layers of BUNDLE see the picture otherwise than those of --trusted, clean pictures
   isolation              an isolation forest over the other signs (needs scikit-learn)
 
 Examples:
 
 \b
   vlp scan shards/poisoned --bundle runs/poisoned --out scans/poisoned
-  vlp scan shards/poisoned --bundle runs/poisoned --reference runs/trusted --remove 0.05 --out scans/poisoned
+  vlp scan shards/poisoned --bundle runs/poisoned --reference runs/other --trusted shards/fashion/val --remove 0.05
+    --out scans/poisoned
   vlp train mine.yaml data.train=shards/poisoned data.keep=scans/poisoned/keep.txt
   vlp train mine.yaml data.train=shards/poisoned data.weights=scans/poisoned/scores.parquet"""
 )
 @click.argument("shards", type=FOLDER)
 @click.option("--bundle", type=FOLDER, required=True, help="Model, best one trained on these very shards.")
 @click.option("--reference", type=FOLDER, help="Another model, that never saw them; adds the sign `reference`.")
+@click.option("--trusted", type=FOLDER, help="Shards of clean pictures other than these; adds the sign `layers`.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for scores.parquet, keep.txt, scan.json, report.html.")
 @click.option(
-    "--method", "methods", multiple=True, help="Signs to look for.  [default: slof, copies, with --reference its own]"
+    "--method",
+    "methods",
+    multiple=True,
+    help="Signs to look for.  [default: slof, copies, and those of --reference and --trusted]",
 )
 @click.option("--k", default=16, show_default=True, help="Neighbours.")
 @click.option("--sample", default=2048, show_default=True, help="Random samples that neighbours are taken from.")
@@ -127,8 +133,8 @@ Examples:
 @click.option("--device", default="auto", show_default=True, help="torch device, for example cuda")
 @json_option
 def scan(
-    shards: Path, bundle: Path, reference: Path | None, out: Path, methods: tuple[str, ...], k: int, sample: int,
-    limit: float, remove: float | None, seed: int, device: str, as_json: bool,
+    shards: Path, bundle: Path, reference: Path | None, trusted: Path | None, out: Path, methods: tuple[str, ...],
+    k: int, sample: int, limit: float, remove: float | None, seed: int, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Look for planted samples in SHARDS: scores, a keep-list that training applies, a page with the top suspects."""
     from data_pipelines.reader import open_shards
@@ -137,14 +143,14 @@ def scan(
     from vlp.bundle import load_bundle
     from vlp.distributed import pick_device
 
-    chosen = methods or (*scanning.DEFAULT, *(("reference",) if reference else ()))
-    options = scanning.Options(chosen, k, sample, limit, remove, seed)
-    options.check(reference is not None)
+    added = [name for name, given in (("reference", reference), ("layers", trusted)) if given]
+    options = scanning.Options(methods or (*scanning.DEFAULT, *added), k, sample, limit, remove, seed)
+    options.check(reference is not None, trusted is not None)
     place = pick_device(device)
     models = [scanning.Model(path, load_bundle(path, place)) for path in (bundle, reference) if path is not None]
-    total = sum(map(len, open_shards(shards))) * len(models)
+    total = sum(map(len, open_shards(shards))) * (len(models) + ("layers" in options.methods))
     with progress("embedding", total, unit="pictures") as advance:
-        result = scanning.scan(shards, out, models[0], models[1] if reference else None, options, advance)
+        result = scanning.scan(shards, out, models[0], models[1] if reference else None, options, advance, trusted)
     page = write_page(shards, out, result)
     lines = [
         f"{result['flagged']:,} of {result['pictures']:,} pictures flagged ({result['share']:.2%}): {out}",
