@@ -42,7 +42,7 @@ test: setup clients browser  ## everything CI runs: format, lint, types, quick t
 	$(call step,lint,$(BIN)/ruff check .)
 	$(call step,types,$(BIN)/mypy)
 	$(call step,test data,$(BIN)/vlp data fetch starter; $(BIN)/vlp data fetch towers; $(BIN)/vlp data fetch fashion-mnist)
-	$(call step,quick tests,$(BIN)/python -m pytest -m 'not slow' -n auto --dist worksteal)
+	$(call step,quick tests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n auto --dist worksteal)
 	$(call step,wheel,rm -rf dist; $(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir dist .)
 	$(call step,wheel smoke,$(BIN)/python tests/wheel_smoke.py dist/*.whl)
 	@printf '\nmake test: all passed\n'

@@ -43,6 +43,7 @@ def test_mentions_hold_a_true_name_and_often_a_foreign_one(emoji_shards: Path) -
     assert 0.35 < alone < 0.45
 
 
+@pytest.mark.slow
 def test_keep_lists_of_fashion_have_equal_length_and_a_long_tail() -> None:
     folder = data.prepared("claims-fashion", progress=False)
     label = {row["key"]: row["labels"][0] for row in rows_of(folder / "train")}
@@ -61,6 +62,7 @@ def test_an_unknown_data_set_is_named_with_those_that_are() -> None:
         data.find("x")
 
 
+@pytest.mark.slow
 def test_keywords_of_clip_art_are_those_of_many_and_titles_are_in_one_split() -> None:
     folder = data.prepared("claims-clipart", progress=False)
     splits = {split: rows_of(folder / split) for split in ("train", "val", "test")}
