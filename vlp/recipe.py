@@ -29,7 +29,7 @@ class TokenizerChoice(StrictModel):
 
     kind: Literal["clip", "learn", "hf", "weights"] = "clip"
     """clip: OpenAI CLIP's vocabulary. learn: a small one from the training captions. hf: the text tower's own.
-    weights: the one that comes with model.weights."""
+    weights: the one that comes with model.weights, else with model.text_weights."""
     vocab_size: int = 4096
     """Size for `learn`."""
     context_length: int = 77

@@ -88,9 +88,10 @@ def make_tokenizer(recipe: Recipe) -> Tokenizer:
         table = recipe.data.labels.table if recipe.data.labels else None
         return learn_tokenizer(chain(texts, table.texts if table else ()), choice.vocab_size, choice.context_length)
     if choice.kind == "weights":
-        if recipe.model.weights is None:
-            raise ConfigError("tokenizer.kind='weights' needs model.weights, whose tokenizer it takes")
-        known = load_tokenizer(Path(recipe.model.weights))
+        source = recipe.model.weights or recipe.model.text_weights
+        if source is None:
+            raise ConfigError("tokenizer.kind='weights' needs model.weights or model.text_weights, to take theirs")
+        known = load_tokenizer(Path(source))
         return Tokenizer(known.vocabulary, known.config.model_copy(update={"context_length": choice.context_length}))
     name = resolve_config(recipe.model)["text_cfg"].get("hf_model_name")
     if name is None:

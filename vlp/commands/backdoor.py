@@ -166,6 +166,7 @@ def scan(
 
 \b
   cleanclip   CLIP, and each modality with augmented copies of its own (Bansal et al. 2023)
+  distill     a fresh picture tower learns what BUNDLE makes of the trusted pictures, for the same texts
   unlearn     CLIP, also on pictures with changes that are sought while it learns, the same for all pictures, that
               mislead it most (after Zeng et al. 2022)
   augmented   CLIP on strongly augmented pictures
@@ -187,16 +188,18 @@ Example:
 @click.option("--out", type=FOLDER, required=True, help="Folder of the run that cleans.")
 @click.option("--method", default="cleanclip", show_default=True, help="See below.")
 @click.option("--val", type=FOLDER, help="Other, labelled shards: accuracy before and after.")
-@click.option("--steps", default=300, show_default=True)
-@click.option("--lr", default=1e-3, show_default=True, help="Learning rate.")
+@click.option("--steps", type=click.IntRange(1), help="[default: 300; distill 1200]")
+@click.option(
+    "--lr", type=click.FloatRange(0, min_open=True), help="Learning rate.  [default: 1e-3; distill 2e-3, unlearn 5e-4]"
+)
 @click.option("--batch-size", default=128, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--as-is", is_flag=True, help="Do not scan --data, use all of it.")
 @click.option("--device", default="auto", show_default=True, help="torch device, for example cuda")
 @json_option
 def clean(
-    bundle: Path, overrides: tuple[str, ...], data: Path, out: Path, method: str, val: Path | None, steps: int,
-    lr: float, batch_size: int, seed: int, as_is: bool, device: str, as_json: bool,
+    bundle: Path, overrides: tuple[str, ...], data: Path, out: Path, method: str, val: Path | None,
+    steps: int | None, lr: float | None, batch_size: int, seed: int, as_is: bool, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Tune BUNDLE on trusted pairs so that it may forget a backdoor; nothing of the trigger is known.
 
