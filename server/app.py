@@ -17,6 +17,7 @@ from server.engine import Engine
 from server.errors import ApiError
 from server.guarding import Guarding
 from server.index import Index
+from server.limits import needs_room
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.model import Loaded
@@ -49,6 +50,8 @@ KEYED: tuple[ModuleType, ...] = (
 )  # fmt: skip
 """Routes that need a key, in the order of the document. A module's BODIES are the requests that it parses itself;
 its `writing` router, where there is one, holds those that change what is kept."""
+SEEING = (embeddings, classify, detect, compare, search, points_search, cohere, tei, huggingface, clip_retrieval)
+"""Those whose large bodies hold pictures, refused unread when there is no room for any."""
 
 
 def create_app(
@@ -100,7 +103,8 @@ def create_app(
     app.include_router(health.router)
     app.include_router(operations.router)
     for module in KEYED:
-        app.include_router(module.router, dependencies=[Depends(needs("read"))])
+        room = [Depends(needs_room)] if module in SEEING else []
+        app.include_router(module.router, dependencies=[Depends(needs("read")), *room])
         if hasattr(module, "writing"):
             app.include_router(module.writing, dependencies=[Depends(needs("write"))])
     _document_bodies(app)
