@@ -3,16 +3,15 @@
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from types import ModuleType
-from typing import Any
 
 from fastapi import Depends, FastAPI
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from server.auth import needs
 from server.catalogue import DEFAULT, INDEX_ERRORS, Collections, on_index_error
 from server.dialects import on_api_error, on_http_error
+from server.document import completed
 from server.engine import Engine
 from server.errors import ApiError
 from server.guarding import Guarding
@@ -107,21 +106,6 @@ def create_app(
         app.include_router(module.router, dependencies=[Depends(needs("read")), *room])
         if hasattr(module, "writing"):
             app.include_router(module.writing, dependencies=[Depends(needs("write"))])
-    _document_bodies(app)
+    bodies = [body for module in KEYED for body in getattr(module, "BODIES", ())]
+    app.openapi = completed(app, bodies)  # type: ignore[method-assign]  # FastAPI's way to extend the document
     return app
-
-
-def _document_bodies(app: FastAPI) -> None:
-    """Add the schemas of self-parsed requests to the OpenAPI document."""
-    plain = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = plain()
-        bodies = [body for module in KEYED for body in getattr(module, "BODIES", ())]
-        _, definitions = models_json_schema(
-            [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
-        )
-        document["components"]["schemas"].update(definitions["$defs"])
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]  # the way FastAPI documents for extending the document
