@@ -132,7 +132,7 @@ class Drained:
 
 
 def drain(bundle: Path, workers: int) -> Drained:
-    """A server under the load of four clients is told to stop; a fifth, connected before, asks when the port is shut."""
+    """A server under the load of four clients is told to stop; a fifth connected before, and asks once it is shut."""
     with served(bundle, "--workers", str(workers)) as server, httpx2.Client(timeout=5) as prober:
         assert prober.get(f"{server.url}/readyz").status_code == 200
         load = Load(server.url, 4)
