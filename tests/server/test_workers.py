@@ -93,7 +93,7 @@ def test_sighup_reads_keys_and_models_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sigterm_under_load_breaks_nothing(workers: int, bundle_folder: Path) -> None:
-    """A hundred of them: `make prove-server PROOF="sigterms 100"`."""
+    """A hundred of them: `make prove-server PROOFS=sigterms`."""
     drained = drain(bundle_folder, workers)
     assert drained.good, drained
     assert drained.seen["200"] > 10
