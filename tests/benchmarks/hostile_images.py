@@ -146,7 +146,7 @@ def _odd(rng: random.Random) -> Iterator[Hostile]:
         yield Hostile(f"{form} of mode {mode}", data, OK)
     yield Hostile("one pixel", _photo("PNG", (1, 1)), OK)
     yield Hostile("a stripe", _photo("PNG", (2000, 10)), OK)
-    yield Hostile("a line, 16,384 times 224 as long as it is resized to", _photo("PNG", (16_384, 1)), REFUSED)
+    yield Hostile("a line", _photo("PNG", (16_384, 1)), EITHER)  # as the model's size is: at 224 it is refused
 
 
 def _deep() -> bytes:
