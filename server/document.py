@@ -52,5 +52,5 @@ def completed(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> Callable[[], d
 def _add_refusals(responses: dict[str, Any], shape: Shape) -> None:
     responses.pop("422", None)  # FastAPI's own idea of it, which no route of ours answers with
     content = {"application/json": {"schema": {"$ref": REF.format(model=BODIES[shape].__name__)}}}
-    for status, told in (REFUSALS | VALIDATION if shape is tei else REFUSALS).items():
+    for status, told in {**REFUSALS, **(VALIDATION if shape is tei else {})}.items():
         responses.setdefault(str(status), {"description": told})["content"] = content

@@ -101,7 +101,8 @@ def overload_rows(model: str, rounds: int, backend: str = "auto", seconds_each: 
             os.sched_setaffinity(0, asking - {min(asking)})
             stack.callback(os.sched_setaffinity, 0, asking)
         peak = capacity(server, items, 16)
-        quiet, busy = [], []
+        quiet: list[Seen] = []
+        busy: list[Seen] = []
         for number in range(rounds):
             for share, found in ((UNLOADED, quiet), (OVERLOAD, busy)):
                 rate = share * peak

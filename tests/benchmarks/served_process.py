@@ -10,11 +10,11 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import httpx2
 from bench_kit import ROOT
@@ -72,7 +72,7 @@ def served(*arguments: str | Path, **environment: str) -> Iterator[Served]:
             process.communicate()
 
 
-def until(true: Callable[[], bool], seconds: float = 20) -> float:
+def until(true: Any, seconds: float = 20) -> float:
     """Seconds until it is true."""
     began = time.monotonic()
     while not true():
