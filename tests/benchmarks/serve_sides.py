@@ -179,7 +179,7 @@ def running(side: Side, weights: Path, cores: set[int] | None = None) -> Iterato
     }  # fmt: skip
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
         process = subprocess.Popen(
-            side.command(weights, port), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            side.command(weights, port), cwd=weights, env=environment, stdout=log, stderr=subprocess.STDOUT
         )
         os.sched_setaffinity(process.pid, cores or {min(os.sched_getaffinity(0))})
         try:
