@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test browser clients openapi bench-data prove-data bench-train prove-train bench-backdoor bench-detection prove-trust claims format clean
+.PHONY: help setup demo test browser clients openapi bench-data prove-data bench-train prove-train bench-backdoor bench-detection prove-trust bench-serve prove-server claims format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -90,6 +90,19 @@ bench-data: $(PEERS_STAMP)  ## the figures of the data path against their peers 
 bench-train: $(PEERS_STAMP)  ## the figures of the trainer against open_clip's (about 60 minutes; ROWS=a,b for some)
 	$(call step,trainer,$(BIN)/python tests/benchmarks/bench_train.py --rows "$(ROWS)")
 
+# infinity's torchvision is built for CUDA; tests/benchmarks/peer_infinity.py says what it takes to import it here.
+SERVE_STAMP = $(PEERS)/.serve
+$(SERVE_STAMP): $(STAMP)
+	$(call step,peers of the server,$(BIN)/python -m pip install --disable-pip-version-check --editable '.[serve$(COMMA)dev$(COMMA)onnx$(COMMA)openvino]'; \
+	  $(PYTHON) -m venv $(PEERS)/stores; \
+	  $(PEERS)/stores/bin/python -m pip install --disable-pip-version-check faiss-cpu==1.15.1 lancedb==0.40.0 milvus-lite==3.2.2 pymilvus==3.0.2; \
+	  $(PYTHON) -m venv $(PEERS)/infinity; \
+	  $(PEERS)/infinity/bin/python -m pip install --disable-pip-version-check 'infinity-emb[server$(COMMA)torch$(COMMA)vision]==0.0.78' 'transformers<4.48' aiohttp)
+	@touch $@
+
+bench-serve: $(SERVE_STAMP)  ## the figures of the server against its peers (about 40 minutes; ROWS=embedding,search,overload)
+	$(call step,server,$(BIN)/python tests/benchmarks/bench_serve.py --rows "$(ROWS)")
+
 claims: setup  ## every claim with three seeds, and both tables of the README (about 10 minutes each; NAMES="a b" for some)
 	$(call step,claims,$(BIN)/vlp claims run $(NAMES))
 	$(call step,tables,$(BIN)/vlp claims table --readme README.md > /dev/null)
@@ -107,6 +120,17 @@ prove-data: setup  ## the slow proofs of sharding and streaming: kills, faults, 
 	$(call step,Ray and an S3 server,$(BIN)/python -m pip install --disable-pip-version-check --editable '.[serve$(COMMA)dev$(COMMA)ray$(COMMA)s3]'; \
 	  $(PYTHON) -m venv $(PEERS)/moto; $(PEERS)/moto/bin/python -m pip install --disable-pip-version-check 'moto[server]')
 	$(call step,proofs,$(BIN)/python tests/benchmarks/prove.py data --only "$(ONLY)")
+
+FUZZ_STAMP = $(PEERS)/fuzz/.ready
+$(FUZZ_STAMP): $(STAMP)
+	$(call step,fuzzers,$(PYTHON) -m venv $(PEERS)/fuzz; \
+	  $(PEERS)/fuzz/bin/python -m pip install --disable-pip-version-check schemathesis==4.32.5; \
+	  $(PEERS)/fuzz/bin/python -m pip install --disable-pip-version-check atheris || echo 'no atheris for this Python: the campaign parsers will fail')
+	@touch $@
+
+PROOFS ?=
+prove-server: $(FUZZ_STAMP)  ## the slow proofs of the server: fuzzing, hostile input, kills, signals (about an hour; PROOFS="kills=20 images")
+	$(call step,proofs,$(BIN)/python tests/benchmarks/prove_server.py $(PROOFS))
 
 TRUST ?= --help
 prove-trust: setup  ## proofs with a model of one's own that has a backdoor (TRUST="dirty BUNDLE TRUTH DATA", natural, http)

@@ -4,8 +4,10 @@ Torch-free. Everything that opens a picture of unknown origin, in any floor, doe
 """
 
 import io
+import itertools
 import re
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -26,12 +28,22 @@ DAMAGE = (OSError, SyntaxError, ValueError, IndexError, TypeError, EOFError, str
 """What Pillow's decoders raise on damaged input (UnidentifiedImageError is an OSError)."""
 
 
+MOST_PARTS = 1000
+"""Chunks, segments or blocks before the pixels of a picture, and one more per KiB. Pillow reads each in Python: ten
+megabytes of empty ones would take seconds."""
+MOST_SCANS = 64
+"""Passes of a progressive JPEG. Each goes over the whole picture and may cost a few bytes; encoders make about ten."""
+
+
 def open_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Picture whose header was read and found acceptable; its pixels are not decoded yet.
 
-    Raises BadSample: `not_an_image` (or a format that is not allowed), `too_many_pixels`. Pillow's own guard stays as
+    Raises BadSample: `not_an_image` (or a format that is not allowed), `too_many_pixels`, `corrupt_image` for one made
+    to be slow. Pillow's own guard stays as
     it is, so no `max_pixels` admits more than twice PIL.Image.MAX_IMAGE_PIXELS (179 million).
     """
+    if (data.count(b"\xff\xda") > MOST_SCANS and data[:2] == b"\xff\xd8") or too_many_parts(data):
+        raise BadSample("corrupt_image", f"{len(data)} bytes in more parts than any picture needs")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -43,6 +55,56 @@ def open_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise BadSample("not_an_image", f"{len(data)} bytes are no {', '.join(FORMATS)} picture") from error
     check_size(*image.size, max_pixels)
     return image
+
+
+def too_many_parts(data: bytes) -> bool:
+    """Whether a PNG, JPEG or GIF has more chunks, segments or blocks than MOST_PARTS says; stops counting there."""
+    most = MOST_PARTS + len(data) // 1024
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        steps = _chunks(data)
+    elif data[:2] == b"\xff\xd8":
+        steps = _segments(data)
+    elif data[:4] == b"GIF8":
+        steps = _blocks(data)
+    else:
+        return False
+    return sum(1 for _ in itertools.islice(steps, most + 1)) > most
+
+
+def _chunks(png: bytes) -> Iterator[int]:
+    at = 8
+    while at < len(png) and png[at + 4 : at + 8] != b"IEND":
+        yield at
+        at += 12 + int.from_bytes(png[at : at + 4], "big")
+
+
+def _segments(jpeg: bytes) -> Iterator[int]:
+    """As Pillow reads them: fill bytes and markers without a length count as well."""
+    at = 2
+    while jpeg[at : at + 1] == b"\xff" and at + 1 < len(jpeg) and (marker := jpeg[at + 1]) != 0xDA:
+        yield at
+        if marker == 0xFF:
+            at += 1
+        elif marker <= 1 or 0xD0 <= marker <= 0xD9:
+            at += 2
+        else:
+            at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+
+
+def _blocks(gif: bytes) -> Iterator[int]:
+    """Sub-blocks of the extensions before the first frame, and bytes between them that mean nothing."""
+    flags = gif[10] if len(gif) > 10 else 0
+    at = 13 + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
+    while at < len(gif) and gif[at] not in b",;":
+        yield at
+        if gif[at] != 0x21:
+            at += 1
+            continue
+        at += 2
+        while at < len(gif) and gif[at]:
+            yield at
+            at += 1 + gif[at]
+        at += 1
 
 
 def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:

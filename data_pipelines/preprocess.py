@@ -151,9 +151,13 @@ def _decode_jpeg(data: bytes, config: ImageConfig, max_pixels: int) -> tuple[NDA
     return None if in_print else (pixels, (height, width))
 
 
-def fit(image_CHW: Tensor, full_size: tuple[int, int], config: ImageConfig) -> Tensor:
-    """Resize and crop or pad a CHW picture, whose full height and width decide the shape, to C x size x size."""
+def fit(image_CHW: Tensor, full_size: tuple[int, int], config: ImageConfig, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Resize and crop or pad a CHW picture, whose full height and width decide the shape, to C x size x size.
+
+    Raises BadSample `too_many_pixels` for a picture so long that it would have these before it is cropped.
+    """
     wanted = resized(*full_size, config)
+    check_size(wanted[1], wanted[0], max_pixels)
     if wanted != image_CHW.shape[1:]:
         # The operator below F.interpolate, because that takes a size or a scale, not both: half of 641 pixels arrives
         # as 321, and stretching these over the place of 320.5 would cost 10 dB.
@@ -184,7 +188,7 @@ def _centre(image_CHW: Tensor, target: int, ground: int) -> Tensor:
 
 def load_image(data: bytes, config: ImageConfig, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Encoded bytes or .npy to C x size x size of `config.values`."""
-    return fit(*decode(data, config, max_pixels), config)
+    return fit(*decode(data, config, max_pixels), config, max_pixels)
 
 
 def normalise(pixels_BCHW: Tensor, config: ImageConfig, out: Tensor | None = None) -> Tensor:

@@ -3,20 +3,20 @@
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from types import ModuleType
-from typing import Any
 
 from fastapi import Depends, FastAPI
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from server.auth import needs
 from server.catalogue import DEFAULT, INDEX_ERRORS, Collections, on_index_error
 from server.dialects import on_api_error, on_http_error
+from server.document import completed
 from server.engine import Engine
 from server.errors import ApiError
 from server.guarding import Guarding
 from server.index import Index
+from server.limits import needs_room
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.model import Loaded
@@ -49,6 +49,8 @@ KEYED: tuple[ModuleType, ...] = (
 )  # fmt: skip
 """Routes that need a key, in the order of the document. A module's BODIES are the requests that it parses itself;
 its `writing` router, where there is one, holds those that change what is kept."""
+SEEING = (embeddings, classify, detect, compare, search, points_search, cohere, tei, huggingface, clip_retrieval)
+"""Those whose large bodies hold pictures, refused unread when there is no room for any."""
 
 
 def create_app(
@@ -100,24 +102,10 @@ def create_app(
     app.include_router(health.router)
     app.include_router(operations.router)
     for module in KEYED:
-        app.include_router(module.router, dependencies=[Depends(needs("read"))])
+        room = [Depends(needs_room)] if module in SEEING else []
+        app.include_router(module.router, dependencies=[Depends(needs("read")), *room])
         if hasattr(module, "writing"):
             app.include_router(module.writing, dependencies=[Depends(needs("write"))])
-    _document_bodies(app)
+    bodies = [body for module in KEYED for body in getattr(module, "BODIES", ())]
+    app.openapi = completed(app, bodies)  # type: ignore[method-assign]  # FastAPI's way to extend the document
     return app
-
-
-def _document_bodies(app: FastAPI) -> None:
-    """Add the schemas of self-parsed requests to the OpenAPI document."""
-    plain = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = plain()
-        bodies = [body for module in KEYED for body in getattr(module, "BODIES", ())]
-        _, definitions = models_json_schema(
-            [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
-        )
-        document["components"]["schemas"].update(definitions["$defs"])
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]  # the way FastAPI documents for extending the document

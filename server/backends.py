@@ -1,7 +1,7 @@
 """What runs the towers: torch, torch in bfloat16, ONNX Runtime with int8 weights, OpenVINO; chosen by measurement.
 
 Every candidate first answers a canary, and its embeddings are compared with those of plain float32 torch: one whose
-lowest cosine is below COSINE is refused and said so. Image and text tower are chosen apart, each by its time.
+lowest cosine is below COSINE is refused and said so. Image and text tower are judged and chosen apart.
 Suffixes: N items, D embedding width, L text length, C channels, H height, W width.
 """
 
@@ -85,33 +85,35 @@ def choose(bundle: Bundle, wanted: str) -> Towers:
     pixels_NCHW, tokens_NL = _canary(bundle)
     plain = plain_towers(bundle)
     torch.set_float32_matmul_precision("highest")
-    expected_ND = torch.cat([plain.image(pixels_NCHW), plain.text(tokens_NL)])
+    expected = {"images": plain.image(pixels_NCHW), "texts": plain.text(tokens_NL)}
     if bundle.device.type == "cpu":
         # float32 through oneDNN: twice as fast as MKL on AMD, and the canary sees if it means less precision elsewhere
         torch.set_float32_matmul_precision("medium")
     if wanted not in BACKENDS:
         raise PipelineError(f"--backend {wanted}: choose one of {', '.join(BACKENDS)}")
-    found: dict[str, Towers] = {}
+    found: dict[str, dict[str, Towers]] = {"images": {}, "texts": {}}
     for name, make in _candidates(bundle, wanted).items():
         try:
             towers = make(bundle)
-            worst = _cosine(torch.cat([towers.image(pixels_NCHW), towers.text(tokens_NL)]), expected_ND)
+            answers = {"images": towers.image(pixels_NCHW), "texts": towers.text(tokens_NL)}
         except Exception as error:
             if wanted != "auto":
                 raise PipelineError(f"--backend {name}: does not run this model: {error}") from error
             log.warning("back-end %s does not run this model: %s", name, error)
             continue
-        if not worst >= COSINE:
-            message = f"back-end {name} refused: cosine {worst:.6f} to float32 torch, at least {COSINE} is right"
+        for kind, right_ND in expected.items():
+            worst = _cosine(answers[kind], right_ND)
+            if worst >= COSINE:
+                found[kind][name] = towers
+                continue
+            message = f"refused for {kind}: cosine {worst:.6f} to float32 torch, at least {COSINE} is right"
             if wanted != "auto":
-                raise PipelineError(f"--backend {name}: {message}")
-            log.warning("%s", message)
-            continue
-        found[name] = towers
-    if not found:
+                raise PipelineError(f"--backend {name} {message}")
+            log.warning("back-end %s %s", name, message)
+    if not (found["images"] and found["texts"]):
         torch.set_float32_matmul_precision("highest")
         return plain
-    return _fastest(found, pixels_NCHW, tokens_NL)
+    return _fastest(found["images"], found["texts"], pixels_NCHW, tokens_NL)
 
 
 def _candidates(bundle: Bundle, wanted: str) -> Mapping[str, Callable[[Bundle], Towers]]:
@@ -163,16 +165,22 @@ def _cosine(found_ND: Tensor, expected_ND: Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(found_ND.double(), expected_ND.double()).min())
 
 
-def _fastest(found: Mapping[str, Towers], pixels_NCHW: Tensor, tokens_NL: Tensor) -> Towers:
-    if len(found) == 1:
-        return next(iter(found.values()))
-    image_times = {name: _seconds(towers.image, pixels_NCHW[:1]) for name, towers in found.items()}
-    text_times = {name: _seconds(towers.text, tokens_NL) for name, towers in found.items()}
-    image, text = min(image_times, key=image_times.__getitem__), min(text_times, key=text_times.__getitem__)
-    for kind, times in (("image", image_times), ("text", text_times)):
-        log.info("%s tower, ms: %s", kind, ", ".join(f"{name} {1000 * took:.1f}" for name, took in times.items()))
+def _fastest(
+    images: Mapping[str, Towers], texts: Mapping[str, Towers], pixels_NCHW: Tensor, tokens_NL: Tensor
+) -> Towers:
+    image = _quickest("image", {name: towers.image for name, towers in images.items()}, pixels_NCHW[:1])
+    text = _quickest("text", {name: towers.text for name, towers in texts.items()}, tokens_NL)
     name = image if image == text else f"{image} (images), {text} (texts)"
-    return Towers(found[image].image, found[text].text, name)
+    return Towers(images[image].image, texts[text].text, name)
+
+
+def _quickest(kind: str, encoders: Mapping[str, Encode], inputs: Tensor) -> str:
+    """Name of the fastest; one alone is not timed."""
+    if len(encoders) == 1:
+        return next(iter(encoders))
+    times = {name: _seconds(encode, inputs) for name, encode in encoders.items()}
+    log.info("%s tower, ms: %s", kind, ", ".join(f"{name} {1000 * took:.1f}" for name, took in times.items()))
+    return min(times, key=times.__getitem__)
 
 
 def _seconds(encode: Encode, inputs: Tensor) -> float:

@@ -17,7 +17,7 @@ from server.keys import ENVIRONMENT as KEYS
 from server.keys import add_key, read_file, read_keys, remove_key
 from server.logs import configure
 from server.serving import Launch, start
-from server.settings import BACKENDS, SCOPES, Limits, Rate, Scope, Settings
+from server.settings import BACKENDS, SCOPES, Batching, Limits, Rate, Scope, Settings
 
 FOLDER = click.Path(path_type=Path)
 
@@ -50,6 +50,10 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--keys", "key_file", type=FOLDER, help=f"File made by `vlp keys new`; also {KEYS}=key1,key2.")
 @click.option("--allow-open", is_flag=True, help="Listen beyond this machine without API keys.")
 @click.option("--rate", type=click.FloatRange(0, min_open=True), help="Requests per second and key, or address.")
+@click.option(
+    "--patience", default=2.0, show_default=True, type=click.FloatRange(0, min_open=True),
+    help="Seconds of work that may wait; beyond it requests get 429.",
+)  # fmt: skip
 @click.option("--allow-host", "hosts", multiple=True, help="Host header to answer to; repeatable, * for any.")
 @click.option("--cors", "origins", multiple=True, help="Origin whose pages may ask, as https://a.example; repeatable.")
 @click.option("--fetch", is_flag=True, help="Fetch pictures given as URLs, from public addresses only.")
@@ -63,8 +67,8 @@ FOLDER = click.Path(path_type=Path)
 def serve(
     bundles: tuple[str, ...], index_folder: Path | None, collections: Path | None, qdrant: str | None,
     guard_file: Path | None, host: str, port: int, device: str, backend: str, workers: int, key_file: Path | None,
-    allow_open: bool, rate: float | None, hosts: tuple[str, ...], origins: tuple[str, ...], fetch: bool,
-    audit: Path | None, label_sets: Path | None, docs: bool | None, log_format: str, log_level: str,
+    allow_open: bool, rate: float | None, patience: float, hosts: tuple[str, ...], origins: tuple[str, ...],
+    fetch: bool, audit: Path | None, label_sets: Path | None, docs: bool | None, log_format: str, log_level: str,
     drain_wait: float, as_json: bool,
 ) -> None:  # fmt: skip
     """Serve one or several BUNDLEs over HTTP: /v1/embeddings, /v1/classify, /v1/search, /metrics, /docs.
@@ -84,6 +88,7 @@ def serve(
         host=host, port=port, keys=keys, rate=Rate(per_second=rate, burst=max(1, round(2 * rate))) if rate else None,
         hosts=hosts, cors_origins=origins, docs=is_loopback(host) if docs is None else docs, audit=audit,
         fetch=fetch_options() if fetch else None, workers=workers, label_sets=label_sets,
+        batching=Batching(patience=patience),
     )  # fmt: skip
     launch = Launch(settings, bundles, index_folder, guard_file, device, backend, drain_wait, key_file,
                     collections, qdrant)  # fmt: skip

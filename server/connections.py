@@ -31,6 +31,11 @@ class Connection(HttpToolsProtocol):
     _head_bytes = 0
     _in_head = True
 
+    @property
+    def asking(self) -> bool:
+        """Whether the head of a request has not come yet, or not to its end; after an answer, once the next begins."""
+        return self._in_head
+
     def connection_made(self, transport: Any) -> None:
         """Closed at once when there are too many already."""
         super().connection_made(transport)

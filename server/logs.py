@@ -40,6 +40,8 @@ def configure(form: Format, level: str) -> None:
     """Send everything to standard error. uvicorn's own lines below warnings are left out: ours say it all."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else OneLine())
+    # ONNX Runtime's quantiser tells the root logger of every product that it leaves alone
+    handler.addFilter(lambda record: record.name != "root" or record.levelno >= logging.WARNING)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for noisy in ("uvicorn", "uvicorn.error", "uvicorn.access", "httpx2"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

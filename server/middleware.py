@@ -25,8 +25,11 @@ GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 ALWAYS_ANSWERED = frozenset({"/healthz", "/health", "/livez", "/ping", "/readyz", "/readiness"})
 PROBES = frozenset({*ALWAYS_ANSWERED, "/metrics"})
 DRAIN_BYTES = 1_000_000
-"""What is read of a refused request's body, so that its client looks for the answer."""
-DRAIN_SECONDS = 1.0
+"""What is read of a refused request's body before and after the answer: closed at once, the connection would be reset,
+and a client that is still sending would not see the answer."""
+BEFORE_SECONDS = 0.02
+"""A body that is here by then leaves the connection open for the next request."""
+AFTER_SECONDS = 1.0
 
 
 @dataclass(slots=True)
@@ -41,6 +44,8 @@ class _Exchange:
     status: int = 0
     whole: bool = False
     """Whether all of the body has been read."""
+    lingering: bool = False
+    """Whether the answer goes out while the body is still on its way."""
 
 
 class RequestContext:
@@ -103,21 +108,30 @@ class RequestContext:
 
     async def _send(self, exchange: _Exchange, message: Message) -> None:
         if message["type"] == "http.response.start":
-            state = exchange.state
-            exchange.status = message["status"]
-            if state.audited and self._audit is not None:
-                # before the answer: what was acknowledged has its line
-                await asyncio.to_thread(self._audit.append, _entry(exchange))
-            marked = MutableHeaders(scope=message)
-            if exchange.status >= 400 and not exchange.whole and not await _drain(exchange.receive):
-                marked["Connection"] = "close"  # or the rest of its body would be read, for as long as it comes
-            marked["X-Request-Id"] = state.id
-            for name, value in security_headers(exchange.scope["path"]).items():
-                marked.setdefault(name, value)
-            marked.update(headers(state.verdicts))
-            if self._services.draining:
-                marked["Connection"] = "close"  # so that its client comes back to a server that stays
+            await self._begin(exchange, message)
+        elif exchange.lingering and not message.get("more_body", False):
+            await exchange.send({**message, "more_body": True})
+            await _drain(exchange.receive, AFTER_SECONDS)
+            message = {"type": "http.response.body"}
         await exchange.send(message)
+
+    async def _begin(self, exchange: _Exchange, message: Message) -> None:
+        """Everything about the head of an answer."""
+        state = exchange.state
+        exchange.status = message["status"]
+        if state.audited and self._audit is not None:
+            # before the answer: what was acknowledged has its line
+            await asyncio.to_thread(self._audit.append, _entry(exchange))
+        marked = MutableHeaders(scope=message)
+        if exchange.status >= 400 and not exchange.whole and not await _drain(exchange.receive, BEFORE_SECONDS):
+            exchange.lingering = True
+            marked["Connection"] = "close"  # or the rest of its body would be read, for as long as it comes
+        marked["X-Request-Id"] = state.id
+        for name, value in security_headers(exchange.scope["path"]).items():
+            marked.setdefault(name, value)
+        marked.update(headers(state.verdicts))
+        if self._services.draining:
+            marked["Connection"] = "close"  # so that its client comes back to a server that stays
 
     def _note(self, exchange: _Exchange) -> None:
         """Metrics and the log line. Of the client's words only the method, which the parser knows, is in them."""
@@ -141,7 +155,7 @@ class RequestContext:
         )  # fmt: skip
 
 
-async def _drain(receive: Receive) -> bool:
+async def _drain(receive: Receive, seconds: float) -> bool:
     """Read a little of an unwanted body: most clients look for the answer once they have sent it. True at its end."""
 
     async def read() -> bool:
@@ -154,7 +168,7 @@ async def _drain(receive: Receive) -> bool:
         return False
 
     try:
-        return await asyncio.wait_for(read(), DRAIN_SECONDS)
+        return await asyncio.wait_for(read(), seconds)
     except asyncio.TimeoutError:
         return False
 

@@ -139,6 +139,11 @@ class Model:
         """Whether it will answer nothing any more."""
         return not (self._worker.alive and self._images.alive and self._texts.alive)
 
+    @property
+    def excess(self) -> float:
+        """Seconds after which a picture would be accepted; 0 when it would be now."""
+        return self._images.excess
+
     def gauge(self) -> None:
         """Set what is true of it now in the metrics."""
         for kind, batcher in (("image", self._images), ("text", self._texts)):

@@ -68,6 +68,10 @@ class Services:
         """The model of that name, the default for none. Raises ApiError 400. Held until the answer is out."""
         return self.registry.get(wanted)
 
+    def excess(self) -> float:
+        """Seconds after which some model would take a picture; 0 when one would now."""
+        return min(model.excess for model in self.registry.all())
+
     async def unready(self) -> str | None:
         """Why requests cannot be answered now; None when every model has just answered a canary."""
         if self.draining:

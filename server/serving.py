@@ -5,7 +5,6 @@ port is closed and what has begun is finished. SIGHUP: keys and models are read 
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipelines.errors import PipelineError
+from server.listeners import accept_all, refuse_new
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DRAIN_SECONDS = 18
+DRAIN_SECONDS = 16
 """What has begun may take so long to finish; with the waits before it less than the 20 s that most supervisors give."""
 KEEP_ALIVE = 30
 """Seconds an idle connection stays open."""
 BACKLOG_SECONDS = 0.3
-"""Between shrinking the queue of connections that nobody has accepted yet and closing it: time to accept them all."""
-FIRST_BYTES_SECONDS = 0.2
-"""Connections accepted last have this long for their request's first bytes, before idle ones are closed."""
+"""Between letting no more connections in and closing the port: time to finish handshakes and accept them all."""
+FIRST_BYTES_SECONDS = 2.0
+"""Connections that have not asked anything yet have this long for their request's head, before idle ones are closed."""
 BEAT_SECONDS = 1.0
 
 
@@ -167,6 +167,10 @@ async def _serve(
         hup.add(task)
         task.add_done_callback(hup.discard)
 
+    def orphaned(lifeline: int) -> None:
+        loop.remove_reader(lifeline)
+        server.begin_drain(whole=True)  # the other workers see it too, and nobody is left to close the port for us
+
     loop.add_signal_handler(signal.SIGHUP, again)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not (server.started or serving.done()):
@@ -175,7 +179,7 @@ async def _serve(
         announce()
         services.on_reload = lambda name: supervision.report({"reload": name})
         if supervision.lifeline is not None:
-            loop.add_reader(supervision.lifeline, server.begin_drain)
+            loop.add_reader(supervision.lifeline, orphaned, supervision.lifeline)
             hup.add(loop.create_task(_beat(services, server, supervision)))
     await serving
     if not server.started:
@@ -187,6 +191,8 @@ def _server(
 ) -> Any:
     """uvicorn's server, with another idea of how to stop."""
     import uvicorn
+
+    from server.connections import Connection
 
     class Server(uvicorn.Server):
         """Drains before it closes."""
@@ -201,15 +207,14 @@ def _server(
             else:
                 self.should_exit = True
 
-        def begin_drain(self) -> None:
-            """Called in the loop."""
+        def begin_drain(self, whole: bool = not supervised) -> None:
+            """Called in the loop. `whole`: the port ends with this process; otherwise others go on with it."""
             services.draining = True
-            asyncio.get_running_loop().call_later(launch.drain_wait, self._close)
+            asyncio.get_running_loop().call_later(launch.drain_wait, self._close, whole)
 
-        def _close(self) -> None:
-            if not supervised and listener.fileno() >= 0:
-                # the kernel resets connections that nobody has accepted when their socket closes: let no more queue up
-                listener.listen(0)
+        def _close(self, whole: bool) -> None:
+            if whole and listener.fileno() >= 0:
+                refuse_new(listener)
             asyncio.get_running_loop().call_later(BACKLOG_SECONDS, self._exit)
 
         def _exit(self) -> None:
@@ -218,13 +223,21 @@ def _server(
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             """uvicorn's, but connections are accepted to the last, and none is closed before it could ask."""
             loop = asyncio.get_running_loop()
+            if not supervised:
+                refuse_new(listener)
             last = [] if supervised else accept_all(listener)
             for accepting in self.servers:
                 accepting.close()
             for connection in last:
                 await loop.connect_accepted_socket(self._protocol, connection)
-            await asyncio.sleep(FIRST_BYTES_SECONDS)
+            deadline = loop.time() + FIRST_BYTES_SECONDS
+            while services.draining and self._asked() and loop.time() < deadline:
+                await asyncio.sleep(0.02)
             await super().shutdown(sockets)
+
+        def _asked(self) -> bool:
+            """Whether a request may be on its way on a connection that is open."""
+            return any(isinstance(one, Connection) and one.asking for one in self.server_state.connections)
 
         def _protocol(self) -> asyncio.Protocol:
             return self.config.http_protocol_class(  # type: ignore[call-arg]
@@ -232,16 +245,6 @@ def _server(
             )
 
     return Server(config)
-
-
-def accept_all(listener: socket.socket) -> list[socket.socket]:
-    """Connections that are waiting right now."""
-    found = []
-    with contextlib.suppress(OSError):  # BlockingIOError when there is none left
-        listener.setblocking(False)
-        while True:
-            found.append(listener.accept()[0])
-    return found
 
 
 async def _read_again(services: "Services", launch: Launch) -> None:

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipelines.errors import PipelineError
-from server.serving import BACKLOG_SECONDS, DRAIN_SECONDS, FIRST_BYTES_SECONDS, Launch, Supervision, accept_all, run
+from server.listeners import accept_all, refuse_new, turn_away
+from server.serving import BACKLOG_SECONDS, DRAIN_SECONDS, FIRST_BYTES_SECONDS, Launch, Supervision, run
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +30,6 @@ START_SECONDS = 600.0
 QUICK_END_SECONDS = 5.0
 """A worker that ends sooner than this after its start is replaced with growing delays."""
 DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-CLOSING = (
-    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n"
-    b'content-length: 36\r\n\r\n{"error": "the server is stopping"}\n'
-)
 
 
 @dataclass(slots=True)
@@ -59,7 +56,7 @@ class Supervisor:
         self._stopping: float | None = None
         self._failures = 0
         self._announced = False
-        self._shrunk = False
+        self._refusing = False
         self._due: list[float] = []
         """When workers that are missing may be started."""
 
@@ -79,9 +76,10 @@ class Supervisor:
                     self._hear(int(key.fd))
                 self._end_silent()
                 self._close_port()
+            refuse_new(self._listener)
             while left := accept_all(self._listener):
                 for connection in left:
-                    _turn_away(connection)
+                    turn_away(connection)
             self._listener.close()
         finally:
             for worker in self._workers.values():
@@ -183,19 +181,16 @@ class Supervisor:
                 os.kill(worker.pid, number)
 
     def _close_port(self) -> None:
-        """While stopping: let no more connections queue up, and answer those that no worker took any more.
-
-        The kernel resets connections that nobody has accepted when the last process closes their socket.
-        """
+        """While stopping: let no more connections in, and answer those that no worker took any more."""
         if self._stopping is None:
             return
         stopping = time.monotonic() - self._stopping
-        if stopping > self._launch.drain_wait and not self._shrunk:
-            self._shrunk = True
-            self._listener.listen(0)
-        if stopping > self._launch.drain_wait + BACKLOG_SECONDS + FIRST_BYTES_SECONDS or not self._workers:
+        if stopping > self._launch.drain_wait and not self._refusing:
+            self._refusing = True
+            refuse_new(self._listener)
+        if stopping > self._launch.drain_wait + 2 * BACKLOG_SECONDS or not self._workers:
             for connection in accept_all(self._listener):
-                _turn_away(connection)
+                turn_away(connection)
 
     def _ended(self, worker: Worker) -> None:
         _, status = os.waitpid(worker.pid, 0)
@@ -215,7 +210,7 @@ class Supervisor:
 
     def _end_silent(self) -> None:
         now = time.monotonic()
-        limit = self._launch.drain_wait + DRAIN_SECONDS + 1
+        limit = self._launch.drain_wait + BACKLOG_SECONDS + FIRST_BYTES_SECONDS + DRAIN_SECONDS + 1
         for worker in self._workers.values():
             silent = now - worker.heard > (SILENCE_SECONDS if worker.ready else START_SECONDS)
             late = self._stopping is not None and now - self._stopping > limit
@@ -228,16 +223,6 @@ class Supervisor:
 def _send(pipe: int, message: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # the supervisor has gone, and the lifeline says so too
         os.write(pipe, json.dumps(message).encode() + b"\n")
-
-
-def _turn_away(connection: socket.socket) -> None:
-    """503 to whoever came when the workers had closed; read first, or closing would reset the connection."""
-    with connection, contextlib.suppress(OSError):
-        connection.settimeout(0.2)
-        connection.recv(65_536)
-        connection.sendall(CLOSING)
-        connection.shutdown(socket.SHUT_WR)
-        connection.recv(65_536)
 
 
 def preload() -> None:

@@ -16,7 +16,7 @@ from server.errors import ApiError, bad_request
 from server.inputs import see_pictures
 from server.limits import read_json
 from server.model import Model, Seen
-from server.schemas import ERRORS, body_of
+from server.schemas import body_of
 from server.schemas.classify import UNKNOWN, ClassifyRequest, ClassifyResponse, Unknown, inputs_of
 from server.schemas.items import check_text
 from server.schemas.label_sets import check_prompts
@@ -35,7 +35,6 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 @router.post(
     "/v1/classify",
     response_model=ClassifyResponse,
-    responses=ERRORS,
     openapi_extra=body_of(ClassifyRequest, **EXAMPLES),
 )
 async def classify(request: Request) -> Response:

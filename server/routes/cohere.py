@@ -12,7 +12,7 @@ from server.answers import ENCODINGS, as_floats, json_answer
 from server.batcher import Row
 from server.inputs import check_dimensions, check_length, embed_entries
 from server.limits import read_json
-from server.schemas import ERRORS, body_of
+from server.schemas import body_of
 from server.schemas.cohere import CohereRequest, CohereResponse, read_inputs
 from server.services import services_of
 
@@ -25,9 +25,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }
 
 
-@router.post(
-    "/v2/embed", response_model=CohereResponse, responses=ERRORS, openapi_extra=body_of(CohereRequest, **EXAMPLES)
-)
+@router.post("/v2/embed", response_model=CohereResponse, openapi_extra=body_of(CohereRequest, **EXAMPLES))
 async def embed(request: Request) -> Response:
     """Embed texts, pictures, or inputs of parts; each vector in all the encodings that are asked for."""
     wanted, rows, content = await _embedded(request, "2")
@@ -35,9 +33,7 @@ async def embed(request: Request) -> Response:
     return json_answer({**content, "response_type": "embeddings_by_type", "embeddings": _by_type(rows, types)})
 
 
-@router.post(
-    "/v1/embed", response_model=CohereResponse, responses=ERRORS, openapi_extra=body_of(CohereRequest, **EXAMPLES)
-)
+@router.post("/v1/embed", response_model=CohereResponse, openapi_extra=body_of(CohereRequest, **EXAMPLES))
 async def embed_v1(request: Request) -> Response:
     """The same for older clients: without embedding_types a plain list of vectors."""
     wanted, rows, content = await _embedded(request, "1")

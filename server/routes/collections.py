@@ -9,7 +9,7 @@ from starlette.responses import Response
 from server.answers import json_answer
 from server.index import IndexInfo
 from server.limits import read_json
-from server.schemas import ERRORS, ErrorBody, body_of
+from server.schemas import ErrorBody, body_of
 from server.schemas.collections import CollectionInfo, CollectionList, CreateCollection, Dropped
 from server.services import services_of
 
@@ -22,7 +22,7 @@ TAKEN: dict[int | str, dict[str, Any]] = {409: {"model": ErrorBody, "description
 EXAMPLE = {"name": "photos", "fields": {"source": "keyword", "year": "integer"}, "captions": "caption"}
 
 
-@router.get("/v1/collections", response_model=CollectionList, responses=ERRORS)
+@router.get("/v1/collections", response_model=CollectionList)
 async def list_collections(request: Request) -> Response:
     """All collections, the default first."""
     collections = services_of(request).collections
@@ -35,7 +35,7 @@ async def list_collections(request: Request) -> Response:
     "/v1/collections",
     status_code=201,
     response_model=CollectionInfo,
-    responses={**ERRORS, **TAKEN},
+    responses=TAKEN,
     openapi_extra=body_of(CreateCollection, photos=EXAMPLE),
 )
 async def create_collection(request: Request) -> Response:
@@ -57,7 +57,7 @@ async def create_collection(request: Request) -> Response:
     return json_answer(_content(wanted.name, index.info, await services.collections.default()), 201)
 
 
-@router.get("/v1/collections/{collection}", response_model=CollectionInfo, responses={**ERRORS, **UNKNOWN})
+@router.get("/v1/collections/{collection}", response_model=CollectionInfo, responses=UNKNOWN)
 async def get_collection(request: Request) -> Response:
     """One collection."""
     collections = services_of(request).collections
@@ -66,7 +66,7 @@ async def get_collection(request: Request) -> Response:
     return json_answer(_content(name, index.info, await collections.default()))
 
 
-@writing.delete("/v1/collections/{collection}", response_model=Dropped, responses={**ERRORS, **UNKNOWN, **TAKEN})
+@writing.delete("/v1/collections/{collection}", response_model=Dropped, responses={**UNKNOWN, **TAKEN})
 async def drop_collection(request: Request) -> Response:
     """Delete a collection and all its points."""
     name = request.path_params["collection"]

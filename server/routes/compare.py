@@ -14,7 +14,7 @@ from server.engine import Vectors
 from server.errors import ApiError
 from server.inputs import embed_items
 from server.limits import read_json
-from server.schemas import ERRORS, body_of
+from server.schemas import body_of
 from server.schemas.compare import RankRequest, RankResponse, SimilarityRequest, SimilarityResponse
 from server.services import services_of
 
@@ -25,7 +25,6 @@ BODIES = (SimilarityRequest, RankRequest)
 @router.post(
     "/v1/similarity",
     response_model=SimilarityResponse,
-    responses=ERRORS,
     openapi_extra=body_of(
         SimilarityRequest, mixed={"left": [{"image": "iVBORw0KGgo..."}], "right": ["a cat", "a dog"]}
     ),
@@ -46,7 +45,6 @@ async def similarity(request: Request) -> Response:
 @router.post(
     "/v1/rank",
     response_model=RankResponse,
-    responses=ERRORS,
     openapi_extra=body_of(RankRequest, pictures={"query": "a red circle", "documents": [{"image": "iVBORw0KGgo..."}]}),
 )
 async def rank(request: Request) -> Response:

@@ -15,7 +15,7 @@ from server.inputs import read_pictures
 from server.limits import read_json
 from server.model import Model, Seen
 from server.routes.classify import check_count, labels_of
-from server.schemas import ERRORS, body_of
+from server.schemas import body_of
 from server.schemas.classify import inputs_of
 from server.schemas.detect import DetectRequest, DetectResponse
 from server.services import Services, services_of
@@ -31,7 +31,6 @@ SIDES = ("xmin", "ymin", "xmax", "ymax")
 @router.post(
     "/v1/detect",
     response_model=DetectResponse,
-    responses=ERRORS,
     openapi_extra=body_of(DetectRequest, picture={"image": "iVBORw0KGgo...", "labels": ["cat", "dog"], "top_k": 10}),
 )
 async def detect(request: Request) -> Response:

@@ -12,7 +12,7 @@ from server.answers import ENCODINGS, json_answer
 from server.batcher import Row
 from server.inputs import check_dimensions, check_length, embed_entries
 from server.limits import read_json
-from server.schemas import ERRORS, body_of
+from server.schemas import body_of
 from server.schemas.embeddings import (
     EmbeddingsRequest,
     EmbeddingsResponse,
@@ -35,7 +35,6 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 @router.post(
     "/v1/embeddings",
     response_model=EmbeddingsResponse,
-    responses=ERRORS,
     openapi_extra=body_of(EmbeddingsRequest, **EXAMPLES),
 )
 @router.post("/embeddings", include_in_schema=False)
@@ -73,7 +72,6 @@ async def _embed(request: Request, wanted: EmbeddingsRequest) -> Response:
 @router.post(
     "/v1/multimodalembeddings",
     response_model=MultimodalResponse,
-    responses=ERRORS,
     openapi_extra=body_of(MultimodalRequest, text={"inputs": [{"content": [{"type": "text", "text": "a cat"}]}]}),
     tags=["Voyage"],
 )

@@ -11,7 +11,7 @@ from server.answers import json_answer
 from server.errors import ApiError
 from server.label_sets import LabelSet
 from server.limits import read_json
-from server.schemas import ERRORS, ErrorBody, body_of
+from server.schemas import ErrorBody, body_of
 from server.schemas.label_sets import (
     Deleted,
     LabelSetCard,
@@ -36,7 +36,6 @@ EXAMPLE = {"name": "animals", "labels": ["cat", "dog"], "templates": ["a photo o
     status_code=201,
     response_model=LabelSetCard,
     responses={
-        **ERRORS,
         200: {"model": LabelSetCard, "description": "A set of that name was replaced."},
         409: {"model": ErrorBody, "description": "A set of that name exists, or there are too many."},
     },

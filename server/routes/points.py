@@ -15,7 +15,7 @@ from server.index import Index, PayloadError, Point, PointId, as_id, check_filte
 from server.limits import read_json, validated
 from server.queries import Resolved, require_one, resolve
 from server.routes.collections import UNKNOWN
-from server.schemas import ERRORS, body_of
+from server.schemas import body_of
 from server.schemas.collections import (
     Deleted,
     DeleteRequest,
@@ -33,7 +33,6 @@ writing = APIRouter(tags=["collections"])
 BODIES = (UpsertRequest, SelectRequest, DeleteRequest)
 
 PATH = "/v1/collections/{collection}/points"
-RESPONSES: dict[int | str, dict[str, Any]] = {**ERRORS, **UNKNOWN}
 PAGE = 1000
 """Points per step of a deletion by filter."""
 PAGE_SHOWN = 100
@@ -43,7 +42,7 @@ UPSERT = {"points": [{"id": 1, "image": "iVBORw0KGgo...", "payload": {"caption":
 
 
 @writing.post(
-    PATH, response_model=UpsertResponse, responses=RESPONSES, openapi_extra=body_of(UpsertRequest, picture=UPSERT)
+    PATH, response_model=UpsertResponse, responses=UNKNOWN, openapi_extra=body_of(UpsertRequest, picture=UPSERT)
 )
 @writing.put(PATH, include_in_schema=False)
 async def upsert_points(request: Request) -> Response:
@@ -116,7 +115,7 @@ def _outcomes(
     ]
 
 
-@router.get(PATH, response_model=PointList, responses=RESPONSES)
+@router.get(PATH, response_model=PointList, responses=UNKNOWN)
 async def list_points(
     request: Request, ids: str | None = None, after: str | None = None, limit: str | None = None, vectors: str = "false"
 ) -> Response:
@@ -138,7 +137,7 @@ def _number(text: str) -> int | str:
 @router.post(
     f"{PATH}/select",
     response_model=PointList,
-    responses=RESPONSES,
+    responses=UNKNOWN,
     openapi_extra=body_of(SelectRequest, ids={"ids": [1, 2]}, filter={"filter": {"year": {"gte": 2020}}}),
 )
 async def select_points(request: Request) -> Response:
@@ -171,7 +170,7 @@ def shown(point: Point) -> dict[str, Any]:
     return {"id": point.id, "payload": point.payload, **vector}
 
 
-@router.get(f"{PATH}/{{point}}", response_model=StoredPoint, responses=RESPONSES)
+@router.get(f"{PATH}/{{point}}", response_model=StoredPoint, responses=UNKNOWN)
 async def get_point(request: Request) -> Response:
     """One point, with its vector."""
     services = services_of(request)
@@ -194,7 +193,7 @@ def _missing(id: PointId) -> ApiError:
     return ApiError(404, f"there is no point {id!r} in this collection", "point_not_found", "id")
 
 
-@writing.delete(f"{PATH}/{{point}}", response_model=Deleted, responses=RESPONSES)
+@writing.delete(f"{PATH}/{{point}}", response_model=Deleted, responses=UNKNOWN)
 async def delete_point(request: Request) -> Response:
     """Delete one point."""
     services = services_of(request)
@@ -206,7 +205,7 @@ async def delete_point(request: Request) -> Response:
     return json_answer({"deleted": 1})
 
 
-@writing.delete(PATH, response_model=Deleted, responses=RESPONSES, openapi_extra=body_of(DeleteRequest))
+@writing.delete(PATH, response_model=Deleted, responses=UNKNOWN, openapi_extra=body_of(DeleteRequest))
 @writing.post(f"{PATH}/delete", include_in_schema=False)
 async def delete_points(request: Request) -> Response:
     """Delete points by ids or by filter. POST .../points/delete is the same, for proxies that drop a DELETE's body."""

@@ -14,7 +14,7 @@ from server.index import Index, check_filter, needs_keywords
 from server.index.rank import Ask, Ranked, combine, rank
 from server.limits import read_json
 from server.queries import require_one, resolve, stored_rows
-from server.routes.points import RESPONSES
+from server.routes.collections import UNKNOWN
 from server.schemas import body_of
 from server.schemas.collections import Query, SearchPointsRequest, SearchPointsResponse
 from server.schemas.items import check_text
@@ -38,7 +38,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 @router.post(
     "/v1/collections/{collection}/search",
     response_model=SearchPointsResponse,
-    responses=RESPONSES,
+    responses=UNKNOWN,
     openapi_extra=body_of(SearchPointsRequest, **EXAMPLES),
 )
 async def search_points(request: Request) -> Response:

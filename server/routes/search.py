@@ -11,7 +11,7 @@ from server.errors import ApiError, bad_request
 from server.inputs import see_pictures
 from server.limits import read_json
 from server.model import Model, Seen
-from server.schemas import ERRORS, ErrorBody, body_of
+from server.schemas import ErrorBody, body_of
 from server.schemas.items import check_text
 from server.schemas.search import SearchRequest, SearchResponse
 from server.services import services_of
@@ -24,7 +24,7 @@ BODIES = (SearchRequest,)
 @router.post(
     "/v1/search",
     response_model=SearchResponse,
-    responses={**ERRORS, 404: {"model": ErrorBody, "description": "There is no default collection."}},
+    responses={404: {"model": ErrorBody, "description": "There is no default collection."}},
     openapi_extra=body_of(SearchRequest, text={"text": "a red circle", "limit": 5, "filter": {"source": "noto"}}),
 )
 async def search(request: Request) -> Response:

@@ -33,11 +33,34 @@ class ErrorObject(Answer):
 
 
 class ErrorBody(Answer):
-    """Every answer that is not a success."""
+    """Every answer that is not a success, of our own routes and OpenAI's."""
 
     error: ErrorObject
     message: str
     detail: str
+
+
+class PlainError(Answer):
+    """The same of Hugging Face's tasks and clip-retrieval's routes."""
+
+    error: str
+    code: str
+    param: str | None
+
+
+class CohereError(Answer):
+    """The same of Cohere's routes."""
+
+    message: str
+    code: str
+    param: str | None
+
+
+class TeiError(Answer):
+    """The same of text-embeddings-inference's routes."""
+
+    error: str
+    error_type: str
 
 
 class GuardVerdict(Answer):
@@ -46,17 +69,6 @@ class GuardVerdict(Answer):
     score: float | None
     flagged: bool
     """Whether the score is above the guard's threshold."""
-
-
-ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "The request is wrong; `param` names the field or item."},
-    401: {"model": ErrorBody, "description": "A key is needed."},
-    408: {"model": ErrorBody, "description": "The body did not arrive in time."},
-    413: {"model": ErrorBody, "description": "The body is too long."},
-    429: {"model": ErrorBody, "description": "Too much is waiting; `Retry-After` says when to come back."},
-    503: {"model": ErrorBody, "description": "The model does not answer."},
-}
-"""Shared by all routes that run the model."""
 
 
 def body_of(model: type[BaseModel], **examples: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 import io
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -8,7 +9,7 @@ import simplejpeg
 from PIL import Image, PngImagePlugin
 
 from data_pipelines.errors import BadSample
-from data_pipelines.images import flatten, has_alpha, open_checked, upright
+from data_pipelines.images import MOST_SCANS, flatten, has_alpha, open_checked, open_header, upright
 from data_pipelines.resize import EncodeFormat, ResizeMode, encode, needs_resize, resize_to, scaled_size, shrink
 from data_pipelines.testing import draw
 
@@ -58,6 +59,35 @@ def test_what_is_no_image(data: bytes) -> None:
 def test_other_formats_are_not_offered_to_a_decoder(format: str) -> None:
     with pytest.raises(BadSample, match="not_an_image"):
         open_checked(draw((32, 32), format=format))
+
+
+COMMENT = struct.pack(">I", 0) + b"tEXt" + struct.pack(">I", zlib.crc32(b"tEXt"))
+FLOODS = [("PNG", COMMENT), ("JPEG", b"\xff\xfe\0\2"), ("JPEG", b"\xff"), ("JPEG", b"\xff\xd0"), ("JPEG", b"\xff\0"),
+          ("GIF", b"!\xfe\0"), ("GIF", b"!\xfe\1a\0"), ("GIF", b"\0")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("format", "part"), FLOODS)
+def test_a_flood_of_parts_is_refused_before_they_are_read(format: str, part: bytes) -> None:
+    """A thousand are allowed, and one more per KiB; with the picture's own and two per GIF comment 400 still pass."""
+    whole = draw((40, 30), format=format)
+    at = {"PNG": 33, "JPEG": 2, "GIF": 13 + (3 << ((whole[10] & 7) + 1))}[format]
+    assert open_header(whole[:at] + part * 400 + whole[at:]).size == (40, 30)
+    for parts in (3000, 300_000):
+        began = time.process_time()
+        with pytest.raises(BadSample) as caught:
+            open_header(whole[:at] + part * parts + whole[at:])
+        assert caught.value.reason == "corrupt_image"
+        assert time.process_time() - began < 0.2  # 0.003; Pillow takes most of a second for the second
+
+
+def test_a_jpeg_of_many_scans_is_refused() -> None:
+    progressive = io.BytesIO()
+    Image.open(io.BytesIO(draw((40, 30), format="PNG"))).convert("RGB").save(progressive, "JPEG", progressive=True)
+    data = progressive.getvalue()
+    last = data.rindex(b"\xff\xda")
+    assert open_header(data).size == (40, 30)
+    with pytest.raises(BadSample):
+        open_header(data[:last] + data[last:-2] * MOST_SCANS + data[-2:])
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])

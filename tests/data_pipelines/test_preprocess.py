@@ -143,6 +143,14 @@ def test_the_size_limit_holds_before_a_jpeg_is_decoded() -> None:
         load_image(draw((40, 30), format="JPEG"), ImageConfig(), max_pixels=1199)
 
 
+def test_a_line_is_refused_before_it_is_stretched() -> None:
+    """16,384 x 1 at a short side of 224 would be 3,670,016 x 224 = 822 million pixels, of which 50,176 are kept."""
+    with pytest.raises(BadSample, match="3,670,016 x 224") as caught:
+        load_image(draw((16_384, 1), format="PNG"), ImageConfig())
+    assert caught.value.reason == "too_many_pixels"
+    assert load_image(draw((1600, 1), format="PNG"), ImageConfig(resize="longest")).shape == (3, 224, 224)
+
+
 def test_a_picture_owns_no_more_memory_than_it_shows() -> None:
     pixels = load_image(draw((640, 64), format="JPEG"), ImageConfig(size=64))
     assert pixels.untyped_storage().nbytes() == pixels.numel() == 3 * 64 * 64

@@ -100,6 +100,37 @@ def test_overload_is_refused_quickly_and_says_when_to_come_back(serving: Any, en
         assert ask(url).status_code == 200
 
 
+def test_pictures_are_refused_unread_when_there_is_no_room(serving: Any, engine: FakeEngine) -> None:
+    """The head alone is answered, at once; what the client sends after it does not break the answer."""
+    settings = Settings(limits=Limits(images=1), batching=Batching(queue_images=1))
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500000\r\n\r\n"
+    with serving(create_app(settings, as_engine(engine))) as url, ThreadPoolExecutor(1) as pool:
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        engine.gate.clear()
+        accepted = pool.submit(ask, url, {"image": "AAAA"})
+        while httpx2.get(f"{url}/readyz").json().get("reason") != "the queue is full":
+            time.sleep(0.02)
+        with socket.create_connection(address, timeout=10) as raw:
+            began = time.monotonic()
+            raw.sendall(head)
+            refusal = raw.recv(65536)
+            assert time.monotonic() - began < 0.5  # 0.03 on an idle machine
+            assert refusal.startswith(b"HTTP/1.1 429")
+            assert b"\r\nretry-after: 1\r\n" in refusal
+            assert refusal.endswith(b"}"), "the whole answer comes before the body"
+            raw.sendall(b"a" * 500_000)
+            assert raw.recv(100) == b""
+        with socket.create_connection(address, timeout=10) as raw:  # a body that is there already is read
+            raw.sendall(head.replace(b"500000", b"20000") + b"a" * 20_000)
+            refusal = raw.recv(65536)
+            assert refusal.startswith(b"HTTP/1.1 429")
+            assert b"connection: close" not in refusal.lower()
+            raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert raw.recv(65536).startswith(b"HTTP/1.1 200")
+        engine.gate.set()
+        assert accepted.result().status_code == 200
+
+
 def test_too_many_requests_at_once_are_refused_but_health_is_not(serving: Any, engine: FakeEngine) -> None:
     with (
         serving(create_app(Settings(limits=Limits(requests=1)), as_engine(engine))) as url,

@@ -1,5 +1,6 @@
 """Back-ends: each answers as float32 torch does, or is refused and says so; the fastest right one is taken."""
 
+import itertools
 import logging
 from importlib.util import find_spec
 from typing import Any
@@ -83,18 +84,24 @@ def nan(bundle: Bundle) -> Towers:
     return Towers(plain.image, lambda x: plain.text(x) * float("nan"), "torch-bf16")
 
 
-@pytest.mark.parametrize("made", [wrong, nan])
-def test_a_back_end_that_is_wrong_is_refused(
-    made: Any, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("made", "kind", "chosen"),
+    [(wrong, "images", "torch (images), torch-bf16 (texts)"), (nan, "texts", "torch-bf16 (images), torch (texts)")],
+)
+def test_a_back_end_that_is_wrong_is_refused_for_that_tower(
+    made: Any, kind: str, chosen: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Asked for by name, one wrong tower is too many; `auto` takes the other, were it the faster one."""
     monkeypatch.setattr(backends, "bfloat16_towers", made)
-    with pytest.raises(PipelineError, match=r"torch-bf16: .* refused: cosine"):
+    with pytest.raises(PipelineError, match=f"torch-bf16 refused for {kind}: cosine"):
         choose(bundle, "torch-bf16")
+    times = itertools.count(9, -1)
+    monkeypatch.setattr(backends, "_seconds", lambda _encode, _inputs: next(times))
     monkeypatch.setattr(backends, "_fast_bfloat16", lambda: True)
     monkeypatch.setattr(backends, "find_spec", lambda _name: None)
     with caplog.at_level(logging.WARNING):
-        assert choose(bundle, "auto").name == "torch"
-    assert "torch-bf16 refused" in caplog.text
+        assert choose(bundle, "auto").name == chosen
+    assert f"torch-bf16 refused for {kind}" in caplog.text
 
 
 def test_one_that_does_not_run_is_passed_over(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +120,7 @@ def test_the_fastest_is_taken_for_each_tower(bundle: Bundle, monkeypatch: pytest
     found = {"a": plain_towers(bundle), "b": plain_towers(bundle)}
     taken = {id(found["a"].image): 1.0, id(found["b"].image): 2.0, id(found["a"].text): 2.0, id(found["b"].text): 1.0}
     monkeypatch.setattr(backends, "_seconds", lambda encode, _inputs: taken[id(encode)])
-    chosen = backends._fastest(found, torch.zeros(1), torch.zeros(1))
+    chosen = backends._fastest(found, found, torch.zeros(1), torch.zeros(1))
     assert (chosen.image, chosen.text) == (found["a"].image, found["b"].text)
     assert chosen.name == "a (images), b (texts)"
 
