@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test browser clients openapi bench-data prove-data bench-train prove-train bench-backdoor bench-detection prove-trust claims locks prove-containers prove-cluster format clean
+.PHONY: help setup demo test browser clients openapi bench-data prove-data bench-train prove-train bench-backdoor bench-detection prove-trust claims locks prove-containers format clean
 
 PYTHON ?= python3
 VENV ?= .venv
