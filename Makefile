@@ -112,6 +112,10 @@ TRUST ?= --help
 prove-trust: setup  ## proofs with a model of one's own that has a backdoor (TRUST="dirty BUNDLE TRUTH DATA", natural, http)
 	$(call step,proofs,$(BIN)/python tests/benchmarks/prove_trust.py $(TRUST))
 
+prove-containers: setup  ## images built without an engine, run as nobody; a cluster that loses a host (as root; 15 minutes)
+	$(call step,tools,command -v debootstrap ip nsenter > /dev/null || apt-get install -y -qq debootstrap iproute2 util-linux)
+	$(call step,proofs,$(BIN)/python tests/benchmarks/prove.py containers --only "$(ONLY)")
+
 # uv in a place of its own. CPU locks name PyTorch's CPU builds, which need UV_FIND_LINKS or UV_INDEX to be found.
 LOCK = $(PEERS)/uv/bin/uv pip compile --quiet --upgrade --generate-hashes --only-binary :all: --no-annotate \
 	--custom-compile-command 'make locks' --no-emit-index-url --no-emit-find-links \

@@ -1,4 +1,4 @@
-"""`vlp` as torchrun starts it in test_cluster.py, which also writes down the keys of each step's samples, rank by rank."""
+"""`vlp` as test_cluster.py has it started by torchrun: it also writes down the keys of each step's samples."""
 
 import json
 import os

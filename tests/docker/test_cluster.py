@@ -1,7 +1,7 @@
 """A cluster in small: hosts are network namespaces on one bridge, ranks meet through torchrun and speak gloo over it.
 
-A host is lost in the middle of an epoch; what is left goes on from the newest checkpoint, and every global batch is that
-of one process that nothing happened to. Needs root and iproute2: `make prove-containers`.
+A host is lost in the middle of an epoch; what is left goes on from the newest checkpoint, and every global batch is
+that of one process that nothing happened to. Needs root and iproute2: `make prove-containers`.
 """
 
 import json
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 RANK = ROOT / "tests/docker/rank.py"
 JOINING = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-"""With a shared store torchrun tells a newcomer no address after the first round, and both wait in vain (torch 2.13)."""
+"""With a shared store torchrun tells a newcomer no address after the first round: both wait in vain (torch 2.13)."""
 STEPS, SAVE = 120, 5
 SUBNET = "10.213.7"
 BRIDGE = "vlp-bridge"

@@ -1,6 +1,7 @@
-"""The images themselves, built without an engine (images.py) and run as Compose and Kubernetes run them: as nobody, in a
-read-only root without a shell, without a capability, with no network but loopback. CPU builds; needs root, debootstrap and
-a package index: `make prove-containers`.
+"""The images, built without an engine (images.py) and run as Compose and Kubernetes run them.
+
+That is: as nobody, in a read-only root without a shell, without a capability, with no network but loopback. CPU builds;
+needs root, debootstrap and a package index: `make prove-containers`.
 """
 
 import json
@@ -9,9 +10,6 @@ import re
 import signal
 import stat
 import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest

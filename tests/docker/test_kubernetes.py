@@ -107,7 +107,7 @@ def restricted(spec: Manifest) -> list[str]:
 def test_pods_are_restricted(base: list[Manifest]) -> None:
     found = dict(pods([*base, *variant("rayjob")]))
     assert found.keys() == {"shard", "train", "serve", "head", "shards"}
-    assert {name: restricted(template["spec"]) for name, template in found.items()} == dict.fromkeys(found, [])
+    assert {name: restricted(template["spec"]) for name, template in found.items()} == {name: [] for name in found}
     labels = one(base, "Namespace", "vlp")["metadata"]["labels"]
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
 

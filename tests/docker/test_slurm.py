@@ -31,7 +31,8 @@ def submit(folder: Path, *arguments: str, status: int = 0, **environment: str) -
         path.write_text(STAND_IN.format(python=sys.executable, log=str(log)))
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     env = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[7,9]",
-           "SLURM_JOB_NUM_NODES": "2", "RUN": str(folder / "run"), "SRUN_STATUS": str(status), **environment}  # fmt: skip
+           "SLURM_JOB_NUM_NODES": "2", "RUN": str(folder / "run"), "SRUN_STATUS": str(status),
+           **environment}  # fmt: skip
     done = subprocess.run(["bash", SCRIPT, *arguments], env=env, capture_output=True, text=True, check=False)
     return done.returncode, [json.loads(line) for line in log.read_text().splitlines()]
 
