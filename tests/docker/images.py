@@ -132,8 +132,7 @@ class Builder:
             return Stage(root)
         below = Stage(self.base) if source == "${BASE}" else self.build(source)
         subprocess.run(["cp", "-a", below.root, root], check=True)
-        own = {"env": dict(below.env), "labels": dict(below.labels), "args": {}, "root": root}
-        return replace(below, **own)
+        return replace(below, root=root, env=dict(below.env), labels=dict(below.labels), args={})
 
     def _carry_out(self, stage: Stage, item: Instruction) -> None:
         value = Template(item.value).safe_substitute(stage.args | stage.env) if item.name != "RUN" else item.value

@@ -108,6 +108,7 @@ class Names(dict[str, set[str]]):
 
         def visit(node: Any) -> None:
             if isinstance(node, promql_parser.VectorSelector):
+                assert node.name, f"a selector without a metric: {query}"
                 labels = {matcher.name for matcher in node.matchers.matchers}
                 self.setdefault(node.name, set()).update(labels)
                 asked.append(node.name)
@@ -129,7 +130,8 @@ def exported() -> dict[str, set[str]]:
     """Metric -> labels in the text of a server that has answered and refused."""
     picture_url = f"data:image/jpeg;base64,{base64.b64encode(picture()).decode()}"
     with TestClient(create_app(Settings(), FakeEngine()), base_url="http://127.0.0.1") as client:
-        for given in ("words", picture_url, []):
+        inputs: tuple[str | list[str], ...] = ("words", picture_url, [])
+        for given in inputs:
             client.post("/v1/embeddings", json={"input": given})
         text = client.get("/metrics").text
     found: dict[str, set[str]] = {}
