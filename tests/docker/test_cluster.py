@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +44,11 @@ class Host:
     address: str
     processes: list["subprocess.Popen[str]"] = field(default_factory=list)
 
+    @property
+    def names(self) -> Path:
+        """What `ip netns exec` shows as /etc/hosts."""
+        return Path("/etc/netns") / self.name / "hosts"
+
     def start(self, command: list[str], env: dict[str, str]) -> "subprocess.Popen[str]":
         named = ["unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', self.name]
         whole = ["ip", "netns", "exec", self.name, *named, *command]
@@ -58,7 +63,7 @@ class Host:
 
     def kill(self) -> None:
         """Every process on it, at once."""
-        listed = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=True)
+        listed = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=False)
         for pid in listed.stdout.split():
             with suppress(ProcessLookupError):
                 os.kill(int(pid), 9)
@@ -71,28 +76,32 @@ def hosts(count: int) -> Iterator[list[Host]]:
     """So many hosts that reach each other and nothing else."""
     if os.geteuid() or shutil.which("ip") is None:
         raise RuntimeError("needs root and iproute2: apt-get install iproute2")
-    with ExitStack() as stack:
-        stack.callback(subprocess.run, ["ip", "link", "del", BRIDGE], capture_output=True, check=False)
+    found = [Host(f"vlp-host-{number}", f"{SUBNET}.{number}") for number in range(1, count + 1)]
+    clear(found)  # what a run that was killed has left
+    try:
         ip("link", "add", BRIDGE, "type", "bridge")
         ip("link", "set", BRIDGE, "up")
-        found = []
-        known = "".join(f"{SUBNET}.{number} vlp-host-{number}\n" for number in range(1, count + 1))
-        for number in range(1, count + 1):
-            host = Host(f"vlp-host-{number}", f"{SUBNET}.{number}")
-            names = Path("/etc/netns") / host.name / "hosts"  # `ip netns exec` shows it as /etc/hosts
-            stack.callback(shutil.rmtree, names.parent)
-            names.parent.mkdir(parents=True)
-            names.write_text(f"127.0.0.1 localhost\n{known}")
+        for number, host in enumerate(found, 1):
+            host.names.parent.mkdir(parents=True)
+            host.names.write_text("127.0.0.1 localhost\n" + "".join(f"{h.address} {h.name}\n" for h in found))
             ip("netns", "add", host.name)
-            stack.callback(ip, "netns", "del", host.name)
-            stack.callback(host.kill)
             ip("link", "add", f"vlp-veth-{number}", "type", "veth", "peer", "name", "eth0", "netns", host.name)
             ip("link", "set", f"vlp-veth-{number}", "master", BRIDGE, "up")
             ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 ip("-n", host.name, "link", "set", device, "up")
-            found.append(host)
         yield found
+    finally:
+        clear(found)
+
+
+def clear(found: list[Host]) -> None:
+    """No process, no namespace, no bridge."""
+    for host in found:
+        host.kill()
+        subprocess.run(["ip", "netns", "del", host.name], capture_output=True, check=False)
+        shutil.rmtree(host.names.parent, ignore_errors=True)
+    subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
 
 
 @dataclass
