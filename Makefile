@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test browser clients openapi bench-data prove-data bench-train prove-train bench-backdoor bench-detection prove-trust bench-serve prove-server claims format clean
+.PHONY: help setup demo test browser clients openapi bench-data prove-data bench-train prove-train bench-backdoor bench-detection prove-trust bench-serve prove-server claims locks prove-containers format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -135,6 +135,28 @@ prove-server: $(FUZZ_STAMP)  ## the slow proofs of the server: fuzzing, hostile 
 TRUST ?= --help
 prove-trust: setup  ## proofs with a model of one's own that has a backdoor (TRUST="dirty BUNDLE TRUTH DATA", natural, http)
 	$(call step,proofs,$(BIN)/python tests/benchmarks/prove_trust.py $(TRUST))
+
+prove-containers: setup  ## images built without an engine, run as nobody; a cluster that loses a host (as root; 15 minutes)
+	$(call step,tools,command -v debootstrap ip nsenter > /dev/null || apt-get install -y -qq debootstrap iproute2 util-linux)
+	$(call step,proofs,$(BIN)/python tests/benchmarks/prove.py containers --only "$(ONLY)")
+
+# uv in a place of its own. CPU locks name PyTorch's CPU builds, which need UV_FIND_LINKS or UV_INDEX to be found.
+LOCK = $(PEERS)/uv/bin/uv pip compile --quiet --upgrade --generate-hashes --only-binary :all: --no-annotate \
+	--custom-compile-command 'make locks' --no-emit-index-url --no-emit-find-links \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28
+CPU = <(sed -n 's/^torch==\([0-9.]*\).*/torch==\1+cpu/p' docker/requirements-train-cuda.txt)
+
+# $(call lock,name,extras): both kinds of one image; that for CUDA from the default index alone
+lock = env -u UV_FIND_LINKS -u UV_INDEX $(LOCK) pyproject.toml $(2) --output-file docker/requirements-$(1)-cuda.txt; \
+  $(LOCK) pyproject.toml $(2) --constraint $(CPU) --output-file docker/requirements-$(1)-cpu.txt
+
+locks:  ## what images install, resolved anew: docker/requirements-*.txt with hashes
+	$(call step,uv,$(PYTHON) -m venv $(PEERS)/uv; $(PEERS)/uv/bin/pip install --disable-pip-version-check --quiet uv)
+	$(call step,build and shard,$(LOCK) docker/requirements-build.in --output-file docker/requirements-build.txt; \
+	  $(LOCK) docker/requirements-shard.in --output-file docker/requirements-shard.txt)
+	$(call step,train,$(call lock,train,--extra s3 --extra detect --extra scan))
+	$(call step,serve,$(call lock,serve,--extra serve --extra openvino))
+	$(call step,ray,$(call lock,ray,docker/requirements-ray.in --extra ray --extra s3))
 
 format:  ## rewrite the sources as `make test` wants them
 	$(BIN)/ruff format .

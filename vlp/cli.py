@@ -34,6 +34,7 @@ COMMANDS = {
     "guard": ("vlp.commands.guard:guard", "Learn how a bundle sees clean pictures, to flag triggered ones in use."),
     "index": ("server.index_cli:index", "Build, fill, export and move search indexes."),
     "serve": ("server.cli:serve", "Serve bundles over HTTP."),
+    "health": ("server.health_cli:health", "Ask a running server whether it is ready."),
     "keys": ("server.cli:keys", "API keys of the server, and its audit log."),
     "demo": ("vlp.commands.demo:demo", "The whole way on real data: shards, training, report, server."),
     "doctor": ("vlp.doctor:doctor", "Check versions, device and what is missing."),

@@ -44,13 +44,14 @@ def now() -> str:
 
 
 def revision() -> str:
-    """Git revision of the source tree the package runs from; empty for an installed wheel."""
-    done = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Git revision of the source tree the package runs from, VLP_REVISION in an image; else empty."""
+    if built := os.environ.get("VLP_REVISION"):
+        return built
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 

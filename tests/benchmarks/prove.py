@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 from bench_kit import ROOT, render, write
 
-SUITES = {"data": "tests/data_pipelines", "train": "tests/vlp"}
+SUITES = {"data": "tests/data_pipelines", "train": "tests/vlp", "containers": "tests/docker"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ LEAVES = [
     ["runs", "ls"], ["runs", "compare"], ["profile"], ["embed"], ["curate", "cluster"], ["curate", "entity"],
     ["poison"], ["scan"], ["audit"], ["clean"], ["segment"], ["backdoor", "report"], ["backdoor", "verify"],
     ["guard"], ["index", "build"], ["index", "import"], ["index", "export"], ["index", "push"],
-    ["keys", "new"], ["keys", "list"], ["keys", "audit"], ["serve"], ["demo"], ["doctor"],
+    ["keys", "new"], ["keys", "list"], ["keys", "audit"], ["serve"], ["health"], ["demo"], ["doctor"],
 ]  # fmt: skip
 
 
