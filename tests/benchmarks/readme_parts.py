@@ -18,7 +18,7 @@ def leaves(command: click.Command, name: str) -> list[tuple[str, click.Command]]
     if not isinstance(command, click.Group):
         return [(name, command)]
     context = click.Context(command)
-    found = [(name, command)] if command.invoke_without_command else []
+    found: list[tuple[str, click.Command]] = [(name, command)] if command.invoke_without_command else []
     for inner in command.list_commands(context):
         below = command.get_command(context, inner)
         assert below is not None

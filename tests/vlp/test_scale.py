@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from data_pipelines.errors import ConfigError
 from vlp import scale
 from vlp.cli import cli
+from vlp.flops import TERAFLOPS
 from vlp.scale import Job
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks/results"
@@ -150,4 +151,4 @@ def test_options_that_make_no_sense_are_named(arguments: list[str], words: list[
 
 
 def test_every_listed_gpu_has_its_memory() -> None:
-    assert set(scale.MEMORY) == set(scale.gpus()) == set(scale.TERAFLOPS)
+    assert set(scale.MEMORY) == set(scale.gpus()) == set(TERAFLOPS)
