@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test browser clients openapi bench-data prove-data bench-train prove-train bench-backdoor bench-detection prove-trust bench-serve prove-server claims locks prove-containers format clean
+.PHONY: help setup demo test browser clients openapi bench-data prove-data bench-train prove-train bench-backdoor bench-detection prove-trust bench-serve prove-server claims locks prove-containers bench docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -80,6 +80,11 @@ $(CLIENTS_STAMP): $(STAMP)
 
 openapi:  ## accept the interface as it is now: writes tests/golden/openapi.json
 	VLP_ACCEPT=1 $(BIN)/python -m pytest -q tests/server/test_app.py -k openapi
+
+docs: setup  ## write the generated parts of the README again: commands, recipes, picture, tables of figures
+	$(call step,README,$(BIN)/python tests/benchmarks/readme_parts.py)
+
+bench: bench-data bench-train claims bench-detection bench-backdoor docs  ## all figures of the README (about ten hours)
 
 ROWS ?=
 ONLY ?=

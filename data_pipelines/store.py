@@ -75,6 +75,14 @@ class Store:
         else:
             self._fs.pipe_file(self._at(name), content)
 
+    def send(self, path: Path, name: str) -> None:
+        """Copy a file of this machine to a name on a store."""
+        self._fs.put_file(str(path), self._at(name))
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copy a file of a store to this machine. Raises FileNotFoundError."""
+        self._fs.get_file(self._at(name), str(path))
+
     def put(self, temp: Path, name: str) -> None:
         """Move a finished local file, one of `scratch`, to its name."""
         if self.local:

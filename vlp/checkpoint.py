@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,8 @@ class Saver:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
+        self.after: Callable[[], object] | None = None
+        """Called when a checkpoint lies on disk, in the background as well; an OSError of it is a failed save."""
         self.failed = 0
         """Saves that failed, in all."""
         self._in_a_row = 0
@@ -165,9 +167,15 @@ class Saver:
         """
         self.wait()
         own = {stem: {key: value.detach().clone() for key, value in part.items()} for stem, part in tensors.items()}
-        self._pending = self._thread.submit(save_checkpoint, self.folder, step, own, state, self.keep, spare)
+        self._pending = self._thread.submit(self._write, step, own, state, spare)
         if wait:
             self.wait()
+
+    def _write(self, step: int, tensors: Tensors, state: dict[str, Any], spare: Collection[int]) -> Path:
+        path = save_checkpoint(self.folder, step, tensors, state, self.keep, spare)
+        if self.after is not None:
+            self.after()
+        return path
 
     def wait(self) -> None:
         """Until the save under way is done. Raises PipelineError at the third in a row that failed."""

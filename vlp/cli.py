@@ -20,6 +20,7 @@ COMMANDS = {
     "detect": ("vlp.commands.detect:detect", "Find things in pictures by their names, and draw boxes around them."),
     "export": ("vlp.commands.export:export", "Write a bundle in another project's format."),
     "runs": ("vlp.commands.runs:runs", "List runs, or compare some of them."),
+    "plan": ("vlp.commands.plan:plan", "Say what a training run would take, and cost."),
     "profile": ("vlp.commands.profile:profile", "Show where the time of a training step goes."),
     "embed": ("vlp.commands.embed:embed", "Embed the pictures and captions of shards into a folder of arrays."),
     "curate": ("vlp.commands.curate:curate", "Label pictures with a model: clusters, entities."),

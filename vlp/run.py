@@ -24,6 +24,7 @@ from vlp.checkpoint import Saver, load_latest, set_aside
 from vlp.flops import StepFlops
 from vlp.frozen import FeatureLoader, FrozenHeads, trunks_frozen
 from vlp.guard import Guard
+from vlp.mirror import Mirror
 from vlp.models import build_model, hf_folder, instantiate, locking, resolve_config
 from vlp.models.layout import set_channels_last
 from vlp.models.lean import LeanModel
@@ -62,6 +63,8 @@ class Run:
     """Step and value of the best evaluation so far, by `run.keep_best`."""
     account: dict[str, Any] = field(default_factory=dict)
     """Ledger of all ranks and all resumes, as of the last save."""
+    mirror: Mirror | None = None
+    """Where the run folder is sent, if it belongs on an object store."""
     ema_parts: Ema | None = None
     """Averages of what the objective hands over beside the model."""
 
@@ -238,6 +241,8 @@ def save(run: Run, wait: bool = False) -> None:
 
 def _newest(run: Run) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]] | None:
     """The newest whole checkpoint, on every rank the same. Raises PipelineError where ranks see different ones."""
+    if run.mirror is not None:
+        run.mirror.fetch()  # on other machines than that of rank 0 there is nothing yet
     found = load_latest(run.folder / "checkpoints")
     steps = distributed.from_all_ranks(found and int(found[1]["step"]))
     if len(set(steps)) > 1:

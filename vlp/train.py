@@ -21,6 +21,7 @@ from vlp.checkpoint import checkpoints
 from vlp.flops import device_peak, mfu
 from vlp.frozen import FeatureLoader
 from vlp.launch import local_ranks
+from vlp.mirror import Mirror
 from vlp.models import locking
 from vlp.phases import Recorder, phase, recording
 from vlp.recipe import Recipe, check_resumable, dump
@@ -40,26 +41,43 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class Interrupted(PipelineError):
     """The run was asked to stop; everything is saved."""
 
-    def __init__(self, state: str, folder: Path, signal_number: int) -> None:
-        command = shlex.join(["vlp", "train", str(folder / RECIPE), "--run-dir", str(folder), "--resume"])
+    def __init__(self, state: str, folder: Path, where: Mirror | Path, signal_number: int) -> None:
+        command = shlex.join(["vlp", "train", str(folder / RECIPE), "--run-dir", str(where), "--resume"])
         super().__init__(f"stopped {state}; to continue: {command}")
         self.signal_number = signal_number
 
 
-def train(recipe: Recipe, folder: Path, resume: bool = False, show: bool = True) -> dict[str, Any]:
-    """Train a recipe into `folder`; the summary, empty on ranks above 0. Raises Interrupted on a signal, all saved."""
+def train(
+    recipe: Recipe, folder: Path, resume: bool = False, show: bool = True, mirror: Mirror | None = None
+) -> dict[str, Any]:
+    """Train a recipe into `folder`; the summary, empty on ranks above 0. Raises Interrupted on a signal, all saved.
+
+    `mirror`: the store that `folder` is a copy of.
+    """
+    where = mirror or folder
     if not resume and (folder / "checkpoints").exists():
-        raise ConfigError(f"{folder} holds a run already: continue it with --resume, or choose another --run-dir")
+        raise ConfigError(f"{where} holds a run already: continue it with --resume, or choose another --run-dir")
     if distributed.env_rank() == 0:
+        if mirror is not None and resume:
+            mirror.fetch()
+            if folder.is_dir():
+                mirror.push()  # what an earlier run could not send
         folder.mkdir(parents=True, exist_ok=True)
         if resume and checkpoints(folder / "checkpoints") and (folder / RECIPE).is_file():
             check_resumable(recipe, folder / RECIPE)
         (folder / RECIPE).write_text(dump(recipe), encoding="utf-8")
-    with local_ranks(processes(recipe), folder, resume), distributed.left_at_the_end(), _signals(folder) as received:
+    with (
+        local_ranks(processes(recipe), folder, resume),
+        distributed.left_at_the_end(),
+        _signals(folder, where) as received,
+    ):
         distributed.set_up(recipe.run.device)
         folder = distributed.from_all_ranks(folder)[0]  # named by the clock, it is another one on every rank
         run = prepare(recipe, folder)
         lead = distributed.rank() == 0
+        run.mirror = mirror
+        if mirror is not None and lead:
+            run.saver.after = mirror.push
         with _noted(run):
             if resume:
                 restore(run)
@@ -145,7 +163,8 @@ def _loop(run: Run, received: Callable[[], int], show: bool) -> None:
                 save(run, wait=stop or last)
                 saved = time.monotonic()
             if stop:
-                raise Interrupted(f"at step {run.step} and saved", run.folder, received() or signal.SIGTERM)
+                state, where = f"at step {run.step} and saved", run.mirror or run.folder
+                raise Interrupted(state, run.folder, where, received() or signal.SIGTERM)
             if _evaluate_or_save(run, due):
                 saved = time.monotonic()
             recorder.step()  # evaluations and saves are no part of a step
@@ -246,7 +265,7 @@ def _finish(run: Run, trained: Bundle) -> dict[str, Any]:
 
 
 @contextmanager
-def _signals(folder: Path) -> Iterator[Callable[[], int]]:
+def _signals(folder: Path, where: Mirror | Path) -> Iterator[Callable[[], int]]:
     """Remember signals instead of dying in the middle of a step; a second Ctrl-C acts at once.
 
     Until the loop asks for the first time nothing can be lost, so a signal ends the run there and then.
@@ -259,7 +278,7 @@ def _signals(folder: Path) -> Iterator[Callable[[], int]]:
         if caught.count(signal.SIGINT) > 1:
             signal.default_int_handler(number, None)
         if not training:
-            raise Interrupted("before the first step", folder, number)
+            raise Interrupted("before the first step", folder, where, number)
 
     def received() -> int:
         nonlocal training

@@ -14,7 +14,7 @@ from vlp.recipe import dump
 LEAVES = [
     ["data", "fetch"], ["shard"], ["train"], ["recipes"], ["recipes", "show"], ["recipes", "cp"], ["objectives"],
     ["eval"], ["detect"], ["export"], ["claims", "ls"], ["claims", "run"], ["claims", "table"], ["claims", "data"],
-    ["runs", "ls"], ["runs", "compare"], ["profile"], ["embed"], ["curate", "cluster"], ["curate", "entity"],
+    ["runs", "ls"], ["runs", "compare"], ["plan"], ["profile"], ["embed"], ["curate", "cluster"], ["curate", "entity"],
     ["poison"], ["scan"], ["audit"], ["clean"], ["segment"], ["backdoor", "report"], ["backdoor", "verify"],
     ["guard"], ["index", "build"], ["index", "import"], ["index", "export"], ["index", "push"],
     ["keys", "new"], ["keys", "list"], ["keys", "audit"], ["serve"], ["health"], ["demo"], ["doctor"],

@@ -9,6 +9,7 @@ import yaml
 
 from data_pipelines.console import command, emit, json_option, progress
 from data_pipelines.errors import ConfigError, MissingField
+from data_pipelines.mirror import as_url
 
 FOLDER = click.Path(path_type=Path)
 
@@ -100,7 +101,7 @@ def evaluate(
         return
     metrics = {f"{task}/{key}": value for task, own in found.items() for key, value in own.items()}
     metrics = metrics if len(chosen) > 1 else next(iter(found.values()))
-    result = {"bundle": str(bundle), "data": data, "task": ", ".join(found), "metrics": metrics}
+    result = {"bundle": as_url(bundle) or str(bundle), "data": data, "task": ", ".join(found), "metrics": metrics}
     emit(result, as_json, [f"{name:36} {value:{'.4f' if value >= 1e-3 else '.4g'}}" for name, value in metrics.items()])
 
 

@@ -2,12 +2,16 @@
 
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from data_pipelines.console import Group, command, emit, json_option
 from data_pipelines.errors import ConfigError
+from data_pipelines.mirror import as_url
+
+if TYPE_CHECKING:
+    from vlp.mirror import Mirror
 
 EXIT_INTERRUPTED = {2: 130, 10: 138, 15: 143}
 """Signal -> exit code; a scheduler tells a preempted run from a failed one by it."""
@@ -19,11 +23,12 @@ EXIT_INTERRUPTED = {2: 130, 10: 138, 15: 143}
 \b
   vlp train starter/clip
   vlp train starter/clip optim.lr=1e-3 run.steps=100 --run-dir runs/short
-  vlp train starter/clip --run-dir runs/short --resume"""
+  vlp train starter/clip --run-dir runs/short --resume
+  vlp train mine.yaml --run-dir s3://bucket/runs/mine"""
 )
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Folder of the run; default runs/<utc>-<recipe>.")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Folder or URL; default runs/<utc>-<recipe>.")
 @click.option("--resume", is_flag=True, help="Continue the run in --run-dir from its newest checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Build everything, take no step, say what would happen.")
 @json_option
@@ -41,6 +46,9 @@ def train(
         run_dir
         or Path("runs") / f"{stamp}-{Path(recipe).stem if recipe.endswith('.yaml') else recipe.replace('/', '-')}"
     )
+    mirror = None
+    if url := as_url(folder):
+        mirror, folder = _mirrored(url, resume)
     if dry_run:
         result = _describe(resolved, folder)
         emit(result, as_json, [f"{key}: {value}" for key, value in result.items()])
@@ -51,14 +59,19 @@ def train(
     from vlp.train import train as run_training
 
     try:
-        summary = run_training(resolved, folder, resume)
+        summary = run_training(resolved, folder, resume, mirror=mirror)
     except Interrupted as stop:
         if env_rank() == 0:
             click.echo(str(stop), err=True)
         raise SystemExit(EXIT_INTERRUPTED.get(stop.signal_number, 1)) from stop
+    finally:
+        if mirror is not None and env_rank() == 0 and folder.is_dir():
+            mirror.end(finished=False)  # how it ended
     if env_rank() > 0:
         return
     report = write_report(folder)
+    if mirror is not None:
+        mirror.end(finished=True)
     emit(
         {**summary, "report": str(report)},
         as_json,
@@ -69,6 +82,22 @@ def train(
             f"report  {report}",
         ],
     )
+
+
+def _mirrored(url: str, resume: bool) -> "tuple[Mirror, Path]":
+    """The run at a URL and its copy here. Raises ConfigError where either holds a run that was not asked for."""
+    from vlp.distributed import env_rank
+    from vlp.mirror import Mirror
+
+    mirror = Mirror(url)
+    if not resume and env_rank() == 0:
+        if mirror.exists():
+            raise ConfigError(f"{url} holds a run already: continue it with --resume, or choose another --run-dir")
+        if (mirror.folder / "checkpoints").exists():
+            raise ConfigError(
+                f"{url} is empty, but its copy {mirror.folder} holds a run: --resume sends it, or remove it"
+            )
+    return mirror, mirror.folder
 
 
 def _describe(recipe: Any, folder: Path) -> dict[str, Any]:

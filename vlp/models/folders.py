@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import BundleError
+from data_pipelines.mirror import as_url, local_copy
 from vlp.models.config import ModelDict
 
 INFO, CONFIG, WEIGHTS, VOCABULARY = (
@@ -35,7 +36,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def find_bundle(path: Path) -> Path:
-    """The bundle folder meant by `path`: the folder itself, or `bundle/` below a run."""
+    """The bundle folder meant by `path`: the folder itself, or `bundle/` below a run; of a URL, a copy of it here."""
+    if url := as_url(path):
+        found = local_copy(url) or local_copy(f"{url}/bundle")
+        if found is None:
+            raise BundleError(f"{url}: no bundle that was sent whole, nor a run with one; did training finish?")
+        path = found
     for folder in (path, path / "bundle"):
         if (folder / INFO).is_file() or (folder / CONFIG).is_file():
             return folder

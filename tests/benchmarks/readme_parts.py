@@ -1,0 +1,107 @@
+"""The parts of README that are written by code: commands, recipes, the picture of what imports what. `make docs`."""
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+from bench_kit import RESULTS, ROOT, render
+
+from vlp.cli import COMMANDS, cli
+from vlp.recipe import load_recipe, recipe_names
+
+FLOORS = ("data_pipelines", "vlp", "server")
+
+
+def leaves(command: click.Command, name: str) -> list[tuple[str, click.Command]]:
+    """Every command below one, itself included unless it only groups others."""
+    if not isinstance(command, click.Group):
+        return [(name, command)]
+    context = click.Context(command)
+    found: list[tuple[str, click.Command]] = [(name, command)] if command.invoke_without_command else []
+    for inner in command.list_commands(context):
+        below = command.get_command(context, inner)
+        assert below is not None
+        found += leaves(below, f"{name} {inner}")
+    return found
+
+
+def commands() -> str:
+    """Table of every command with the first sentence of its help."""
+    lines = ["| command | |", "|---|---|"]
+    for name in COMMANDS:
+        top = cli.get_command(click.Context(cli), name)
+        assert top is not None
+        for leaf, command in leaves(top, f"vlp {name}"):
+            first = " ".join((command.help or "").partition("\n\n")[0].split())
+            lines.append(f"| `{leaf}` | {first} |")
+    return "\n".join(lines)
+
+
+def recipes() -> str:
+    """Table of every recipe with its description."""
+    rows = [f"| `{name}` | {load_recipe(name).description} |" for name in recipe_names()]
+    return "\n".join(["| recipe | |", "|---|---|", *rows])
+
+
+def room(path: Path) -> str:
+    """The folder of a module, at most one below its floor."""
+    parts = path.relative_to(ROOT).parts[:-1]
+    return "/".join(parts[:2])
+
+
+def imports() -> set[tuple[str, str]]:
+    """(room, room that it imports from), of the three floors."""
+    found = set()
+    for path in (path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in FLOORS:
+                whole = ROOT.joinpath(*node.module.split("."))
+                target = room(whole / "x.py") if whole.is_dir() else room(whole.with_suffix(".py"))
+                found.add((target, room(path)))
+    return {(source, user) for source, user in found if source != user}
+
+
+def architecture() -> str:
+    """Floors with their rooms, as a mermaid graph: an arrow leads from a room to a floor's that imports it."""
+    rooms = sorted({room(path) for floor in FLOORS for path in (ROOT / floor).rglob("*.py")})
+    lines = ["```mermaid", "flowchart LR"]
+    for floor in FLOORS:
+        lines.append(f"  subgraph {floor}_floor[{floor}]")
+        lines += [
+            f"    {name.replace('/', '_')}[{name.rpartition('/')[2]}]" for name in rooms if name.split("/")[0] == floor
+        ]
+        lines.append("  end")
+    found = imports()
+    between = {(a.split("/")[0], b.split("/")[0]) for a, b in found}
+    lines += [f"  {a}_floor ==> {b}_floor" for a, b in sorted(between) if a != b]
+    inner = {(a, b) for a, b in found if a.split("/")[0] == b.split("/")[0] and "/" in a and "/" in b}
+    lines += [f"  {a.replace('/', '_')} --> {b.replace('/', '_')}" for a, b in sorted(inner)]
+    return "\n".join([*lines, "```"])
+
+
+PARTS: dict[str, Callable[[], str]] = {"commands": commands, "recipes": recipes, "architecture": architecture}
+
+
+def renewed(text: str) -> str:
+    """README with each part between its markers. Raises ValueError without them."""
+    for name, part in PARTS.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        head, found, rest = text.partition(begin)
+        _, closed, tail = rest.partition(end)
+        if not (found and closed):
+            raise ValueError(f"README.md: needs the markers {begin!r} and {end!r}, one after the other")
+        text = f"{head}{begin}\n{part()}\n{end}{tail}"
+    return text
+
+
+def main() -> None:
+    """Write all parts and all tables of figures into README."""
+    page = ROOT / "README.md"
+    page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for result in sorted(RESULTS.glob("*.json")):
+        page.write_text(render(page, result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
