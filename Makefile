@@ -84,7 +84,7 @@ openapi:  ## accept the interface as it is now: writes tests/golden/openapi.json
 docs: setup  ## write the generated parts of the README again: commands, recipes, picture, tables of figures
 	$(call step,README,$(BIN)/python tests/benchmarks/readme_parts.py)
 
-bench: bench-data bench-train claims bench-detection bench-backdoor docs  ## all figures of the README (about ten hours)
+bench: bench-data bench-train claims bench-detection bench-backdoor bench-serve docs  ## all figures of the README (about ten hours)
 
 ROWS ?=
 ONLY ?=

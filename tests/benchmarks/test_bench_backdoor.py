@@ -74,7 +74,7 @@ def test_rows_by_hand() -> None:
     results["fashion/0/twin/scan"] = {"share": 0.004}
     results["fashion/0/twin/audit"] = {"target": None, "seconds": 120}
     results["fashion/5/twin/audit"] = {"target": "bag", "seconds": 120}
-    rows = {row.name: row for row in rows_of("fashion", 2, AUDITED, TRIGGERS, METHODS, results)}
+    rows = {row.name: row for row in rows_of("fashion", 2, AUDITED, TRIGGERS, tuple(METHODS), results)}
     attack = rows["fashion: badnet works (ASR)"]
     assert (attack.value, attack.met) == ("90.0 ± 0.0 %", True)
     assert attack.note.startswith("1 of 2 seeds; clean twin 1.0 ± 0.0 %")
