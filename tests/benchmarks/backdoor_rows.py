@@ -165,20 +165,20 @@ def _guard(bench: str, trigger: str, of: Of) -> Figure:
 
 
 def shares(values: Sequence[float], digits: int = 1) -> str:
-    """Mean and deviation in per cent."""
-    return f"{100 * statistics.fmean(values):.{digits}f} ± {100 * spread(values):.{digits}f} %"
+    """Mean and deviation in per cent; of one value that alone."""
+    return f"{_told(values, digits, 100)} %"
 
 
 def points(values: Sequence[float]) -> str:
     """Mean and deviation in points."""
-    return f"{100 * statistics.fmean(values):.1f} ± {100 * spread(values):.1f} points"
+    return f"{_told(values, 1, 100)} points"
 
 
 def numbers(values: Sequence[float]) -> str:
     """Mean and deviation."""
-    return f"{statistics.fmean(values):.3f} ± {spread(values):.3f}"
+    return _told(values, 3)
 
 
-def spread(values: Sequence[float]) -> float:
-    """Standard deviation; 0 of one value."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+def _told(values: Sequence[float], digits: int, factor: int = 1) -> str:
+    mean = f"{factor * statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {factor * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean

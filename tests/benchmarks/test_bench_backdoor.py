@@ -7,7 +7,7 @@ import click
 import pytest
 import torch
 from backdoor_rows import rows_of
-from bench_backdoor import AUDITED, FASHION, METHODS, TRIGGERS, further, stages_of
+from bench_backdoor import AUDITED, FASHION, TRIGGERS, further, stages_of
 from measure_scan import auroc
 from stages import Runner, Stage
 
@@ -74,14 +74,16 @@ def test_rows_by_hand() -> None:
     results["fashion/0/twin/scan"] = {"share": 0.004}
     results["fashion/0/twin/audit"] = {"target": None, "seconds": 120}
     results["fashion/5/twin/audit"] = {"target": "bag", "seconds": 120}
-    rows = {row.name: row for row in rows_of("fashion", 2, AUDITED, TRIGGERS, tuple(METHODS), results)}
+    rows = {
+        row.name: row for row in rows_of("fashion", 2, AUDITED, TRIGGERS, ("finetune", "cleanclip", "unlearn"), results)
+    }
     attack = rows["fashion: badnet works (ASR)"]
-    assert (attack.value, attack.met) == ("90.0 ± 0.0 %", True)
-    assert attack.note.startswith("1 of 2 seeds; clean twin 1.0 ± 0.0 %")
+    assert (attack.value, attack.met) == ("90.0 %", True)
+    assert attack.note.startswith("1 of 2 seeds; clean twin 1.0 %")
     assert not any("label-consistent" in name for name in rows)
     scan = rows["fashion: scan for sig (AUROC)"]
-    assert (scan.value, scan.met) == ("0.958 ± 0.000", False)
-    assert "75.0 ± 0.0 % are among" in scan.note
+    assert (scan.value, scan.met) == ("0.958", False)
+    assert "75.0 % are among" in scan.note
     assert rows["fashion: scan for stripes (AUROC)"].met
     assert not rows["fashion: scan for badnet (AUROC)"].met
     assert rows["fashion: trained without what the scan removed, sig (ASR)"].met
