@@ -22,8 +22,8 @@ def test_a_ready_server_is_healthy(serving: Serving) -> None:
 
 def test_a_server_whose_model_fails_is_not_and_says_why(serving: Serving) -> None:
     engine = FakeEngine()
-    engine.mood = "fails"
     with serving(create_app(Settings(), engine)) as url:
+        engine.mood = "fails"  # one that fails from the start does not start
         result = CliRunner().invoke(health, ["--url", f"{url}/readyz"])
     assert result.exit_code == 1
     assert "503" in result.stderr

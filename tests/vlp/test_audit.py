@@ -92,7 +92,7 @@ def run(*arguments: object) -> Result:
 
 def test_the_backdoor_and_its_target_are_found_and_the_account_is_written(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "account"
-    done = run(folder / "bad", "--data", folder / "clean", "--out", out, "--steps", 40, "--json")
+    done = run(folder / "bad", "--data", folder / "clean", "--out", out, "--steps", 60, "--json")
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["suspicious"], result["target"]) == (True, TARGET), "of either kind: magenta all over misleads, too"

@@ -46,6 +46,9 @@ def test_a_method_has_its_own_length_where_none_is_given() -> None:
     assert Options("distill").length() == (1200, 2e-3)
     assert Options("finetune").length() == (300, 1e-3)
     assert Options("distill", lr=1e-4).length() == (1200, 1e-4)
+    assert Options("unlearn").told() == {
+        "method": "unlearn", "steps": 300, "lr": 5e-4, "batch_size": 128, "seed": 0, "device": "auto"
+    }  # fmt: skip
 
 
 def test_what_is_distilled_keeps_the_text_tower_and_nothing_of_the_picture_tower(

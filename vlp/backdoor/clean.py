@@ -6,7 +6,7 @@ whoever chooses them by the attack's success has chosen them for one trigger.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,11 @@ class Options:
         """Steps and rate."""
         steps, lr = LENGTH.get(self.method, (300, 1e-3))
         return self.steps or steps, self.lr or lr
+
+    def told(self) -> dict[str, Any]:
+        """For the account, nothing left open."""
+        steps, lr = self.length()
+        return asdict(replace(self, steps=steps, lr=lr))
 
 
 def recipe_of(

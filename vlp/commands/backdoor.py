@@ -1,6 +1,5 @@
 """`vlp poison`, `vlp scan`, `vlp clean`."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -228,7 +227,7 @@ def clean(
         found["left_out"] if found else 0, "accuracy_before": before, "accuracy_after": after,
     }  # fmt: skip
     start = {"model": model.name, "weights_sha256": weights_digest(bundle)}
-    write_json(out / CLEANED, {**result, "version": __version__, "start": start, "options": asdict(options)})
+    write_json(out / CLEANED, {**result, "version": __version__, "start": start, "options": options.told()})
     lines = [f"tuned by {method} for {summary['steps']} steps: {summary['bundle']}"]
     if found:
         lines.append(
