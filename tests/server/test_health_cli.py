@@ -3,6 +3,7 @@
 import json
 import socket
 
+import pytest
 from click.testing import CliRunner
 
 from server.app import create_app
@@ -20,7 +21,8 @@ def test_a_ready_server_is_healthy(serving: Serving) -> None:
         assert CliRunner().invoke(health, ["--url", f"{url}/healthz"]).stdout == f"{url}/healthz: ready\n"
 
 
-def test_a_server_whose_model_fails_is_not_and_says_why(serving: Serving) -> None:
+def test_a_server_whose_model_fails_is_not_and_says_why(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.model.CANARY_REST", 0.0)
     engine = FakeEngine()
     with serving(create_app(Settings(), engine)) as url:
         engine.mood = "fails"  # one that fails from the start does not start
