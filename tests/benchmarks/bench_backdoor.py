@@ -8,15 +8,13 @@ here; CHANGELOG says on which trials options were chosen. The table holds what i
 stages are done.
 """
 
-import argparse
 import json
-import os
 import shlex
 from dataclasses import dataclass
 
 from backdoor_rows import rows_of
 from bench_kit import ROOT, render, write
-from stages import Runner, Stage
+from stages import Stage, asked
 
 TRIGGERS = ("badnet", "blended", "stripes", "wanet", "sig", "label-consistent")
 TARGETS = ("bag", "trouser", "sandal")
@@ -127,20 +125,16 @@ def _audit(model: str) -> str:
     return f"audit {model} --data {{shards}}/val --out {{out}}/audit"
 
 
+def every(seeds: int) -> list[Stage]:
+    """All stages of the bench."""
+    return [stage for seed in range(seeds) for stage in stages_of(FASHION, seed)] + further(FASHION, seeds)
+
+
 def main() -> None:
     """Run and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=max(1, len(os.sched_getaffinity(0))))
-    parser.add_argument("--known", action="store_true", help="write the table of what is known, run nothing")
-    options = parser.parse_args()
-    every = [stage for seed in range(options.seeds) for stage in stages_of(FASHION, seed)]
-    every += further(FASHION, options.seeds)
-    runner = Runner("backdoor", list({stage.name: stage for stage in every}.values()), options.workers)
-    results = runner.known() if options.known else runner.run()
-    result = write(
-        "backdoor", rows_of(FASHION.name, options.seeds, AUDITED, TRIGGERS, tuple(METHODS), results), fresh=True
-    )
+    seeds, _, results = asked("backdoor", __doc__, every)
+    rows = rows_of(FASHION.name, seeds, AUDITED, TRIGGERS, tuple(METHODS), results)
+    result = write("backdoor", rows, fresh=True)
     page = ROOT / "README.md"
     page.write_text(render(page, result))
 

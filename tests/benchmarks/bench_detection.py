@@ -6,15 +6,13 @@ and the same from a ViT with windows, with and without the shift. All are read o
 whose cut-outs and backgrounds no training has seen. No option was chosen by what is printed here.
 """
 
-import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench_kit import ROOT, render, write
 from detection_rows import rows_of
 from measure_detect import ratio_of
-from stages import Runner, Stage
+from stages import Stage, asked
 
 SUITE = "detection"
 
@@ -74,17 +72,15 @@ def stages_of(bench: Bench, seed: int) -> list[Stage]:
     return found
 
 
+def every(seeds: int) -> list[Stage]:
+    """All stages of the bench."""
+    return [stage for seed in range(seeds) for stage in stages_of(FULL, seed)]
+
+
 def main() -> None:
     """Run and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=max(1, len(os.sched_getaffinity(0))))
-    parser.add_argument("--known", action="store_true", help="write the table of what is known, run nothing")
-    options = parser.parse_args()
-    every = [stage for seed in range(options.seeds) for stage in stages_of(FULL, seed)]
-    runner = Runner(SUITE, list({stage.name: stage for stage in every}.values()), options.workers)
-    results = runner.known() if options.known else runner.run()
-    rows = rows_of(FULL.name, options.seeds, results)
+    seeds, runner, results = asked(SUITE, __doc__, every)
+    rows = rows_of(FULL.name, seeds, results)
     detector = runner.folder(f"{FULL.name}/0/regions/tuned") / "run"
     if detector.is_dir():  # by itself, when nothing else runs; elsewhere the row of the machine that had it stays
         rows.append(ratio_of(detector))

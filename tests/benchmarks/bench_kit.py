@@ -165,14 +165,17 @@ def _table_of_proofs(data: dict[str, Any]) -> str:
 
 def render(readme: Path, result: Path) -> str:
     """The text of `readme` with the table of `result` between the suite's markers. Raises ValueError without them."""
-    suite = result.stem
-    begin, end = f"<!-- figures of {suite}: begin -->", f"<!-- figures of {suite}: end -->"
-    text = readme.read_text()
+    return placed(readme.read_text(), f"figures of {result.stem}", table(result), readme)
+
+
+def placed(text: str, name: str, content: str, readme: Path) -> str:
+    """The text of `readme` with `content` between the markers of `name`. Raises ValueError without them."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     head, found, rest = text.partition(begin)
     _, closed, tail = rest.partition(end)
     if not (found and closed):
         raise ValueError(f"{readme}: needs the markers {begin!r} and {end!r}, one after the other")
-    return f"{head}{begin}\n{table(result)}\n{end}{tail}"
+    return f"{head}{begin}\n{content}\n{end}{tail}"
 
 
 def measure(suite: str, known: Mapping[str, Callable[[], list[Row]]], rows: str, readme: bool) -> None:

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
-from bench_kit import RESULTS, ROOT, render
+from bench_kit import RESULTS, ROOT, placed, render
 
 from vlp.cli import COMMANDS, cli
 from vlp.recipe import load_recipe, recipe_names
 
+README = ROOT / "README.md"
 FLOORS = ("data_pipelines", "vlp", "server")
 
 
@@ -86,21 +87,15 @@ PARTS: dict[str, Callable[[], str]] = {"commands": commands, "recipes": recipes,
 def renewed(text: str) -> str:
     """README with each part between its markers. Raises ValueError without them."""
     for name, part in PARTS.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        head, found, rest = text.partition(begin)
-        _, closed, tail = rest.partition(end)
-        if not (found and closed):
-            raise ValueError(f"README.md: needs the markers {begin!r} and {end!r}, one after the other")
-        text = f"{head}{begin}\n{part()}\n{end}{tail}"
+        text = placed(text, name, part(), README)
     return text
 
 
 def main() -> None:
     """Write all parts and all tables of figures into README."""
-    page = ROOT / "README.md"
-    page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
+    README.write_text(renewed(README.read_text(encoding="utf-8")), encoding="utf-8")
     for result in sorted(RESULTS.glob("*.json")):
-        page.write_text(render(page, result), encoding="utf-8")
+        README.write_text(render(README, result), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ another machine: of a stage that is known only what later stages read is made ag
 those of all before it; code that changes is not noticed, so a change that moves figures comes with an empty record.
 """
 
+import argparse
 import importlib
 import json
 import os
@@ -13,7 +14,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import sha256
@@ -126,6 +127,18 @@ class Runner:
             told = out.with_suffix(".stderr").read_text().strip()[-800:]
             raise RuntimeError(f"{stage.name}: `{stage.script or 'vlp'} {shlex.join(words)}` failed: {told}")
         write_atomic(out / DONE, lambda stream: stream.write(printed.splitlines()[-1].encode()))
+
+
+def asked(suite: str, about: str | None, every: Callable[[int], Sequence[Stage]]) -> tuple[int, Runner, Results]:
+    """What the command line of a bench asks for: (seeds, runner, what the stages printed); `every`: seeds -> stages."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=max(1, len(os.sched_getaffinity(0))))
+    parser.add_argument("--known", action="store_true", help="write the table of what is known, run nothing")
+    options = parser.parse_args()
+    stages = {stage.name: stage for stage in every(options.seeds)}  # seeds share some
+    runner = Runner(suite, list(stages.values()), options.workers)
+    return options.seeds, runner, runner.known() if options.known else runner.run()
 
 
 def _short(printed: Mapping[str, Any]) -> dict[str, Any]:
