@@ -17,6 +17,7 @@ from torch import Tensor
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import ConfigError
 from data_pipelines.preprocess import ImageConfig
+from data_pipelines.textures import bend, textured
 
 COLUMNS, MORE = 16, 6
 """Uniform numbers per sample, and those that crops and blurs take besides."""
@@ -59,23 +60,38 @@ class AugmentConfig(StrictModel):
     """Smallest share of the area that a random crop keeps, enlarged to full size; 0 = no crop."""
     blur: float = 0.0
     """Probability of a Gaussian blur."""
+    overlay: float = Field(0.0, ge=0, le=1)
+    """Probability of a random texture over the whole picture, see `textures`."""
+    patch: float = Field(0.0, ge=0, le=1)
+    """Probability of a rectangle of 5 to 33 % of each side filled with a random texture."""
+    warp: float = Field(0.0, ge=0, le=0.25)
+    """Largest mean shift of pixels by a smooth warp, as a share of the side."""
     ground: int = 255
     """Value that fills what an affine transform uncovers, and erased rectangles."""
 
     @property
     def geometric(self) -> bool:
         """Whether pixels move."""
-        return any((self.flip, self.rotate, self.scale, self.shift, self.shear, self.aspect, self.crop))
+        return any((self.flip, self.rotate, self.scale, self.shift, self.shear, self.aspect, self.crop, self.warp))
 
     @property
     def colour(self) -> bool:
         """Whether colours change."""
         return any((self.brightness, self.contrast, self.saturation, self.hue, self.grey))
 
+    @property
+    def textures(self) -> bool:
+        """Whether something is painted on the picture."""
+        return any((self.overlay, self.patch))
+
     def check(self, image: ImageConfig, setting: str = "data.augment") -> None:
         """Raise ConfigError for operations that these pictures do not have: colours need RGB of 0..255."""
-        if self.colour and (image.channels != 3 or image.values != "uint8"):
-            asked = [name for name in ("brightness", "contrast", "saturation", "hue", "grey") if getattr(self, name)]
+        if (self.colour or self.textures) and (image.channels != 3 or image.values != "uint8"):
+            asked = [
+                name
+                for name in ("brightness", "contrast", "saturation", "hue", "grey", "overlay", "patch")
+                if getattr(self, name)
+            ]
             raise ConfigError(
                 f"{setting}.{asked[0]}={getattr(self, asked[0])} needs RGB pictures of uint8, but data.image has "
                 f"channels={image.channels}, values={image.values}: leave out {', '.join(asked)}"
@@ -110,7 +126,8 @@ def traced(
     Places are from -1 to 1 (the outer edges) across and down; None: nothing moved.
     """
     side = side or pixels_BCHW.shape[-1]
-    if not (config.geometric or config.colour or config.erase or config.blur) and side == pixels_BCHW.shape[-1]:
+    idle = not (config.geometric or config.colour or config.erase or config.blur or config.textures)
+    if idle and side == pixels_BCHW.shape[-1]:
         return pixels_BCHW, None
     draws = torch.from_numpy(generator.random((total, COLUMNS), dtype=np.float32)[list(rows)])
     more = torch.empty(len(draws), MORE)
@@ -123,7 +140,8 @@ def traced(
     matrix_B23 = None
     if config.geometric:
         matrix_B23 = _matrix(config, draws[:, :7], _window(config.crop, more[:, :4]))
-        picture = _affine(picture, matrix_B23)
+        bent = bend(*picture.shape[-2:], config.warp, generator, total, list(rows)) if config.warp else None
+        picture = _affine(picture, matrix_B23, bent)
     if config.colour:
         picture = _colour(picture, config, draws[:, 7:12])
     if config.blur:
@@ -131,6 +149,8 @@ def traced(
     if config.erase:
         picture = picture * _kept(draws[:, 12:16], config.erase, picture.shape[-2:])
     result = config.ground - picture
+    if config.textures:
+        result = textured(result, config.overlay, config.patch, generator, total, list(rows))
     result = result if pixels_BCHW.is_floating_point() else result.round_().clamp_(0, 255).to(torch.uint8)
     return result, matrix_B23
 
@@ -166,12 +186,13 @@ def _matrix(config: AugmentConfig, draws: Tensor, window: Tensor) -> Tensor:
     return matrix
 
 
-def _affine(picture_BCHW: Tensor, matrix: Tensor) -> Tensor:
+def _affine(picture_BCHW: Tensor, matrix: Tensor, bent_BHW2: Tensor | None) -> Tensor:
     # F.affine_grid would do, at three times the cost
     height, width = picture_BCHW.shape[-2:]
     y, x = (torch.linspace(1 / n - 1, 1 - 1 / n, n) for n in (height, width))
     places = torch.stack([x.repeat(height), y.repeat_interleave(width), torch.ones(height * width)])
     grid = (matrix @ places).view(-1, 2, height, width).permute(0, 2, 3, 1)
+    grid = grid if bent_BHW2 is None else grid + bent_BHW2
     return F.grid_sample(picture_BCHW, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 

@@ -83,6 +83,10 @@ class DataConfig(StrictModel):
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> "DataConfig":
         self.augment.check(self.image, "data.augment")
+        if self.boxes and self.augment.warp:
+            raise ConfigError(
+                f"data.augment.warp={self.augment.warp} bends pictures, and data.boxes cannot follow: set it to 0"
+            )
         if self.strong is not None:
             self.strong.check(self.image, "data.strong")
             if self.views == 1:

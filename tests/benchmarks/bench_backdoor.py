@@ -20,7 +20,7 @@ TRIGGERS = ("badnet", "blended", "stripes", "wanet", "sig", "label-consistent")
 TARGETS = ("bag", "trouser", "sandal")
 """Of the seeds in turn."""
 METHODS = {"finetune": "--steps 1200", "cleanclip": "", "distill": ""}
-"""Ways of cleaning. Plain fine-tuning, the control, is as long as the longest of the others."""
+"""Ways of cleaning. Plain fine-tuning, the control, takes twice the steps of the longest of the others."""
 REMOVED = 0.05
 AUDITED = 10
 """Clean models that are audited: twins, references, further twins."""

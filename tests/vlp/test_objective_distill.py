@@ -1,6 +1,7 @@
 """Distillation: by hand, against open_clip's DistillClipLoss with gradients, teachers of all kinds."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipelines.batch import Batch
-from data_pipelines.errors import ConfigError
+from data_pipelines.errors import ConfigError, MissingField
 from data_pipelines.preprocess import ImageConfig, normalise
 from data_pipelines.tokens import learn_tokenizer
 from vlp.bundle import Bundle, save_bundle
 from vlp.models import instantiate
 from vlp.objectives import base, distill
-from vlp.objectives.base import Dims, Features
+from vlp.objectives.base import Dims, Features, further
 from vlp.testing import MICRO, WORDS, attached, full_batch, micro_bundle, network_input
 from vlp.torchvision_guard import ensure_torchvision
 
@@ -99,6 +100,19 @@ def test_start_is_the_model_before_the_first_step() -> None:
     assert not features.extra["teacher_image"].requires_grad
     assert list(objective.parameters()) == []
     assert objective.state_dict() == {}
+
+
+def test_a_student_of_the_second_view_is_taught_what_the_teacher_makes_of_the_first() -> None:
+    model: Any = instantiate(MICRO)
+    objective = attached(distill.build(distill.Config(student_sees="second"), Dims(16, 2.0)), model)
+    batch = full_batch()
+    first_BCHW, ready = network_input(batch)
+    (second_BCHW,) = further(ready, "views", 1, "test")
+    features = objective.encode(model, first_BCHW, ready)
+    for found, pixels_BCHW in ((features.image_BD, second_BCHW), (features.extra["teacher_image"], first_BCHW)):
+        torch.testing.assert_close(found, F.normalize(model.encode_image(pixels_BCHW), dim=1), rtol=1e-4, atol=1e-5)
+    with pytest.raises(MissingField, match=r"data\.views"):
+        objective.encode(model, first_BCHW, replace(ready, views=None))
 
 
 def teacher_bundle(folder: Path, image: ImageConfig) -> Bundle:

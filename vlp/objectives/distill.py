@@ -10,7 +10,7 @@ teacher's.
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from vlp.objectives.base import (
     LossOutput,
     contrast,
     encode_pairs,
+    further,
     refuse_idle,
     way_for,
 )
@@ -57,6 +58,8 @@ class Config(StrictModel):
     of the same family, or CLIP's own). start: the weights this run starts from."""
     weight: float = Field(1.0, ge=0)
     """Of the teacher's term, beside 1 of plain CLIP."""
+    student_sees: Literal["first", "second"] = "first"
+    """View of a picture that the student gets, of `data.views`; the teacher gets the first, as `data.augment` says."""
     clip: ClipConfig = ClipConfig()
     """Options of plain CLIP, those of the objective clip; a fixed temperature is for the teacher's term too."""
 
@@ -160,7 +163,9 @@ class Distill(nn.Module):
 
     def encode(self, model: Encoder, pixels_BCHW: Tensor, batch: Batch) -> Features:
         """Both towers of the student, and of the teacher without gradient."""
-        features = encode_pairs(model, pixels_BCHW, batch, self.config.clip.mask, "distill")
+        second = self.config.student_sees == "second"
+        own_BCHW = further(batch, "views", 1, "distill")[0] if second else pixels_BCHW
+        features = encode_pairs(model, own_BCHW, batch, self.config.clip.mask, "distill")
         if not self.config.weight:
             return features
         if batch.image_features is not None:
