@@ -42,6 +42,10 @@ KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats whose original bytes may stay, and their member extension."""
 PLAIN = {"YCbCr": "RGBX", "RGB": "RGBX", "Gray": "GRAY"}
 """Colours of a JPEG -> the layout it is decoded to."""
+THUMBNAIL_SIDE, THUMBNAIL_SIDES = 128, (16, 512)
+"""Longer side of a thumbnail in pixels: usual, and what may be asked for."""
+THUMBNAIL_QUALITY = 80
+"""As JPEG: 3.7 kB of a photograph at 128 pixels. WebP of 80 has 2.6 kB and takes 1.2 ms more, nine tenths on top."""
 KEPT_ROOM = 32 << 20
 """Bytes that a thread keeps for the next picture's pixels; asking the system anew costs half a decoding."""
 _ROOM = threading.local()
@@ -128,6 +132,19 @@ def prepare(record: Record, options: WriteOptions, gate: AbstractContextManager[
             return _convert(data, digest, options)
     except BadSample as error:
         return Prepared(digest, reason=error.reason, message=str(error))
+
+
+def thumbnail(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> bytes:
+    """JPEG of a picture, at most `side` pixels long: upright, on white where it is transparent, free of metadata.
+
+    A smaller picture keeps its size. Raises BadSample, `array_kept_as_is` for an .npy picture.
+    """
+    options = WriteOptions(
+        image_size=side, resize_mode="keep_ratio_largest", encode_format="jpg", encode_quality=THUMBNAIL_QUALITY,
+        max_pixels=max_pixels,
+    )  # fmt: skip
+    small = _convert(data, "", options).image
+    return encode(open_checked(data, max_pixels), "jpg", THUMBNAIL_QUALITY) if small is data else small
 
 
 def _convert(data: bytes, digest: str, options: WriteOptions) -> Prepared:

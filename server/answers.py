@@ -1,12 +1,14 @@
 """Values on their way out: JSON without NaN and infinity, which become null, and vectors in the dialects' encodings."""
 
 import base64
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import orjson
+from starlette.requests import Request
 from starlette.responses import Response
 
 from server.batcher import Row
@@ -21,6 +23,22 @@ def json_answer(content: Any, status: int = 200, headers: dict[str, str] | None 
     except orjson.JSONEncodeError:  # an integer beyond 64 bits, an object that JSON has no word for
         body = orjson.dumps(safe(content), option=OPTIONS)
     return Response(body, status, media_type="application/json", headers=headers)
+
+
+def revalidated(request: Request, body: bytes, tag: str, headers: Mapping[str, str]) -> Response:
+    """`body`, or 304 for a client that has what `tag` stands for; `headers` are those of both."""
+    headers = {**headers, "ETag": tag}
+    known = [known.strip().removeprefix("W/") for known in request.headers.get("if-none-match", "").split(",")]
+    if tag in known or "*" in known:
+        headers.pop("Content-Type", None)
+        return Response(status_code=304, headers=headers)
+    headers["Content-Length"] = str(len(body))  # a HEAD answer has the length, too
+    return Response(b"" if request.method == "HEAD" else body, headers=headers)
+
+
+def tag_of(body: bytes) -> str:
+    """ETag made of the content: equal on every worker and replica."""
+    return f'"{hashlib.sha256(body).hexdigest()[:24]}"'
 
 
 def safe(value: Any) -> Any:

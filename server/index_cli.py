@@ -10,10 +10,12 @@ import click
 
 from data_pipelines.console import CONTEXT, Group, emit, json_option, progress
 from data_pipelines.errors import PipelineError
+from data_pipelines.pictures import THUMBNAIL_SIDE, THUMBNAIL_SIDES
 
 if TYPE_CHECKING:
     from server.index import Index, IndexInfo
     from server.index.folders import Modality
+    from server.index.pictures import Thumbnailer
     from server.index.stores import Store
 
 FOLDER = click.Path(path_type=Path)
@@ -21,6 +23,11 @@ MODALITY = click.option("--modality", type=click.Choice(["image", "text"]), defa
 FIELDS = click.option("--field", "fields", multiple=True, help="Metadata column to keep and filter by; repeatable.")
 COLLECTIONS = click.option("--collections", type=FOLDER, help="Folder of collections, as `vlp serve --collections`.")
 QDRANT = click.option("--qdrant", metavar="URL", help="Qdrant server instead; key in VLP_QDRANT_API_KEY.")
+THUMBNAILS = click.option(
+    "--thumbnails", "side", type=click.IntRange(*THUMBNAIL_SIDES), is_flag=False, flag_value=THUMBNAIL_SIDE,
+    metavar="[SIDE]", help=f"Keep small JPEGs of the pictures, SIDE pixels long ({THUMBNAIL_SIDE} when left out).",
+)  # fmt: skip
+PICTURES = click.option("--pictures", type=FOLDER, help="For these: the shards, or the folder that image_path is in.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Write points again that are there with this payload.")
 
 
@@ -34,14 +41,20 @@ def index() -> None:
 
 \b
   vlp index build embeddings --out index
-  vlp index build embeddings --out index --field width"""
+  vlp index build embeddings --out index --field width
+  vlp index build embeddings --out index --thumbnails --pictures shards"""
 )
 @click.argument("embeddings", type=FOLDER)
 @click.option("--out", type=FOLDER, required=True, help="Index folder; an index that is there is replaced.")
 @MODALITY
 @FIELDS
+@THUMBNAILS
+@PICTURES
 @json_option
-def build(embeddings: Path, out: Path, modality: str, fields: tuple[str, ...], as_json: bool) -> None:
+def build(
+    embeddings: Path, out: Path, modality: str, fields: tuple[str, ...], side: int | None, pictures: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Build a Qdrant Edge index from EMBEDDINGS, a folder written by `vlp embed` or by clip-retrieval.
 
     Interrupted, it goes on where it was when it is called again.
@@ -50,13 +63,16 @@ def build(embeddings: Path, out: Path, modality: str, fields: tuple[str, ...], a
     from server.index.build import build_index, count_rows
 
     which = _modality(modality)
+    thumbnailer = _thumbnailer(side, pictures, embeddings, which)
     with progress("indexing", count_rows(embeddings, which), unit="rows") as advance:
-        info = build_index(embeddings, out, which, fields, advance)
+        info = build_index(embeddings, out, which, fields, advance, thumbnailer)
+    told, told_lines = _told(thumbnailer)
     lines = [
         f"{info.points:,} {which} vectors of width {info.dim}, filtered by {', '.join(info.fields)}: {out}",
+        *told_lines,
         f"serve it: vlp serve BUNDLE --index {out}",
     ]
-    emit({"out": str(out), **info.model_dump()}, as_json, lines)
+    emit({"out": str(out), **info.model_dump(), **told}, as_json, lines)
 
 
 @index.command(
@@ -65,7 +81,8 @@ def build(embeddings: Path, out: Path, modality: str, fields: tuple[str, ...], a
 
 \b
   vlp index import embeddings --collections collections --name photos
-  vlp index import clip-retrieval-folder --qdrant http://localhost:6333 --name photos --field width""",
+  vlp index import clip-retrieval-folder --qdrant http://localhost:6333 --name photos --field width
+  vlp index import embeddings --collections collections --name photos --thumbnails 96 --pictures photos""",
 )
 @click.argument("embeddings", type=FOLDER)
 @click.option("--name", required=True, help="Collection; it is made when it is not there.")
@@ -73,11 +90,13 @@ def build(embeddings: Path, out: Path, modality: str, fields: tuple[str, ...], a
 @QDRANT
 @MODALITY
 @FIELDS
+@THUMBNAILS
+@PICTURES
 @OVERWRITE
 @json_option
 def import_(
     embeddings: Path, name: str, collections: Path | None, qdrant: str | None, modality: str,
-    fields: tuple[str, ...], overwrite: bool, as_json: bool,
+    fields: tuple[str, ...], side: int | None, pictures: Path | None, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Put every row of EMBEDDINGS, a folder of `vlp embed` or clip-retrieval, into a collection.
 
@@ -88,17 +107,25 @@ def import_(
     from server.index.transfer import put
 
     which = _modality(modality)
-    info = info_of(embeddings, which, fields)
+    thumbnailer = _thumbnailer(side, pictures, embeddings, which)
+    info = info_of(embeddings, which, fields).model_copy(update={"thumbnails": side or 0})
     with _collection(collections, qdrant, name, info) as target:
         _same_model(info, target.info, name)
+        if side:
+            _same_thumbnails(side, target.info, name)
         kept = [field for field in target.info.fields if field not in ("key", "source", "labels")]
         wanted = sorted({*fields, *_present(embeddings, which, kept)})
         with progress("importing", count_rows(embeddings, which), unit="rows") as advance:
-            written = put(batches(embeddings, which, target.info.dim, wanted), target, advance, overwrite)
+            rows = batches(embeddings, which, target.info.dim, wanted)
+            written = put(rows, target, advance, overwrite, thumbnailer)
         compacted = _compact(target)
         points = target.info.points
+        bare = thumbnailer is None and target.info.thumbnails > 0
+    told, told_lines = _told(thumbnailer)
     lines = [f"{written:,} points written, {points:,} in collection {name!r}" + (", graph built" if compacted else "")]
-    emit({"name": name, "written": written, "points": points}, as_json, lines)
+    if bare:
+        lines.append("those written have no thumbnails, as the others may: --thumbnails and --pictures make them")
+    emit({"name": name, "written": written, "points": points, **told}, as_json, [*lines, *told_lines])
 
 
 @index.command(
@@ -117,7 +144,7 @@ def import_(
 def export(source: Path | None, out: Path, name: str | None, qdrant: str | None, as_json: bool) -> None:
     """Write the index folder SOURCE, or a collection of a Qdrant server, as an embedding folder.
 
-    Interrupted, it goes on after the last whole part.
+    Interrupted, it goes on after the last whole part. Thumbnails stay behind: `vlp index push` takes them along.
     """
     _require_extra()
     from server.index.transfer import export as export_index
@@ -127,8 +154,9 @@ def export(source: Path | None, out: Path, name: str | None, qdrant: str | None,
     with _opened(source, qdrant, name) as found:
         with progress("exporting", found.info.points, unit="points") as advance:
             parts = export_index(found, out, advance)
-        points = found.info.points
-    emit({"out": str(out), "parts": parts, "points": points}, as_json, [f"{points:,} points in {parts} parts: {out}"])
+        points, side = found.info.points, found.info.thumbnails
+    lines = [f"{points:,} points in {parts} parts: {out}", *(["their thumbnails are not among it"] if side else [])]
+    emit({"out": str(out), "parts": parts, "points": points}, as_json, lines)
 
 
 @index.command(
@@ -152,11 +180,37 @@ def push(source: Path, qdrant: str, name: str, overwrite: bool, as_json: bool) -
         _same_model(found.info, target.info, name)
         if dict(target.info.fields) != dict(found.info.fields):
             raise PipelineError(f"collection {name!r} filters by other fields: {', '.join(target.info.fields)}")
+        _same_thumbnails(found.info.thumbnails, target.info, name)
         with progress("pushing", found.info.points, unit="points") as advance:
-            written = put(pages(found), target, advance, overwrite)
+            written = put(
+                pages(found), target, advance, overwrite, lambda ids, _: list(map(found.thumbnails(ids).get, ids))
+            )
         points = target.info.points
     lines = [f"{written:,} points sent, {points:,} in collection {name!r} of {qdrant}"]
     emit({"name": name, "written": written, "points": points}, as_json, lines)
+
+
+def _thumbnailer(
+    side: int | None, pictures: Path | None, embeddings: Path, modality: "Modality"
+) -> "Thumbnailer | None":
+    """What makes thumbnails; None where none are wanted. Raises PipelineError."""
+    from server.index.pictures import Thumbnailer
+
+    if (side is None) != (pictures is None):
+        raise PipelineError("--thumbnails [SIDE] and --pictures FOLDER go together: how large, and of what")
+    return None if side is None or pictures is None else Thumbnailer(pictures, embeddings, modality, side)
+
+
+def _told(thumbnailer: "Thumbnailer | None") -> tuple[dict[str, object], list[str]]:
+    """(part of the answer in JSON, lines) about the thumbnails that were made."""
+    if thumbnailer is None:
+        return {}, []
+    made, lacking = thumbnailer.made, dict(thumbnailer.lacking)
+    lines = [
+        f"{made:,} thumbnails of up to {thumbnailer.side} pixels"
+        + (f"; rows without one: {lacking}" if lacking else "")
+    ]
+    return {"thumbnails_made": made, "without_thumbnail": lacking}, lines
 
 
 def _modality(text: str) -> "Modality":
@@ -213,6 +267,15 @@ def _same_model(source: "IndexInfo", target: "IndexInfo", name: str) -> None:
         raise PipelineError(
             f"collection {name!r} holds vectors of model {target.model or 'unknown'!r} (width {target.dim}), these are "
             f"of {source.model or 'unknown'!r} (width {source.dim}): choose another --name"
+        )
+
+
+def _same_thumbnails(side: int, target: "IndexInfo", name: str) -> None:
+    """Raises PipelineError when a collection does not keep thumbnails of this side."""
+    if target.thumbnails != side:
+        raise PipelineError(
+            f"thumbnails of {side} pixels, but collection {name!r} was made for {target.thumbnails or 'none'}: choose "
+            "another --name"
         )
 
 

@@ -68,7 +68,13 @@ def _decoded(given: Sequence[tuple[str, str]]) -> list[bytes | ApiError]:
 
 async def see_pictures(model: Model, given: Sequence[tuple[str, str]]) -> list[Seen | ApiError]:
     """(parameter, picture) inputs embedded; one that cannot be used fails alone."""
-    decoded = await read_pictures(given)
+    return await see_decoded(model, given, await read_pictures(given))
+
+
+async def see_decoded(
+    model: Model, given: Sequence[tuple[str, str]], decoded: Sequence[bytes | ApiError]
+) -> list[Seen | ApiError]:
+    """`see_pictures` for what `read_pictures` made of the inputs."""
     seen = iter(await model.see_images([data for data in decoded if isinstance(data, bytes)]))
     outcomes = [item if isinstance(item, ApiError) else next(seen) for item in decoded]
     return [

@@ -13,7 +13,7 @@ from server.batcher import Row
 from server.catalogue import model_of
 from server.errors import ApiError, bad_request
 from server.index import Index, IndexInfo, PointId
-from server.inputs import see_pictures
+from server.inputs import read_pictures, see_decoded
 from server.model import Seen
 from server.schemas.items import check_text, read_item
 from server.services import Services
@@ -44,6 +44,8 @@ class Resolved:
     """Which model was asked; None when only vectors were given."""
     guards: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Number of the input -> the guard's part of the answer."""
+    pictures: dict[int, bytes] = field(default_factory=dict)
+    """Number of the input -> the encoded picture of which its vector was made."""
 
 
 async def resolve(
@@ -77,10 +79,12 @@ async def resolve(
         resolved.model = model.name
         rows_ND, _ = await model.embed_texts([text for _, text in texts])
         found.update(zip((number for number, _ in texts), rows_ND, strict=True))
-        for (number, _), seen in zip(pictures, await see_pictures(model, [pair for _, pair in pictures]), strict=True):
+        inputs = [pair for _, pair in pictures]
+        decoded = await read_pictures(inputs)
+        for (number, _), data, seen in zip(pictures, decoded, await see_decoded(model, inputs, decoded), strict=True):
             found[number] = seen.row if isinstance(seen, Seen) else seen
-            if isinstance(seen, Seen):
-                resolved.guards[number] = seen.guard()
+            if isinstance(seen, Seen) and isinstance(data, bytes):
+                resolved.guards[number], resolved.pictures[number] = seen.guard(), data
     elif wanted:
         resolved.model = model_of(services.registry, info, wanted).name
     resolved.rows = [found[number] for number in range(len(given))]

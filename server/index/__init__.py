@@ -59,6 +59,8 @@ class IndexInfo(StrictModel):
     """Payload field whose words can be searched (BM25); empty for none."""
     language: str = "english"
     """Whose stop words and endings the keyword search knows; `none` takes words as they are."""
+    thumbnails: int = 0
+    """Longest side in pixels of the thumbnails kept beside the points; 0 keeps none."""
     points: int = 0
     indexed: int = 0
     """Points when the graph was built; those added since are scanned."""
@@ -73,6 +75,8 @@ class Point:
     id: PointId
     payload: dict[str, Any]
     vector: Row | None = None
+    thumbnail: bytes | None = None
+    """JPEG to be kept with it; reading gives it by `Index.thumbnails` alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +108,19 @@ class Index(Protocol):
         """Best `limit` captions by BM25. Raises FilterError, and NoKeywords when captions were not declared."""
 
     def upsert(self, points: Sequence[Point]) -> None:
-        """Insert or replace whole points; durable when it returns. Payloads were checked by `check_payload`."""
+        """Insert or replace whole points; durable when it returns. Payloads were checked by `check_payload`.
+
+        A point without a thumbnail loses the one it had.
+        """
 
     def delete(self, ids: Sequence[PointId]) -> None:
         """Remove points; ids that are not there are no error. Durable when it returns."""
 
     def get(self, ids: Sequence[PointId], *, vectors: bool = False) -> list[Point]:
         """Points in the order of `ids`, without those that are not there."""
+
+    def thumbnails(self, ids: Sequence[PointId]) -> dict[PointId, bytes]:
+        """JPEGs of those points that have one."""
 
     def scroll(
         self, after: PointId | None, limit: int, where: Where | None = None, *, vectors: bool = False

@@ -1,9 +1,11 @@
 """A Qdrant server or cluster behind the same protocol, for replicas that share their collections.
 
-What a collection is (IndexInfo) lies in its metadata, so that any replica can open it. `:memory:` in place of a URL
+What a collection is (IndexInfo) lies in its metadata, so that any replica can open it. Thumbnails lie in a second
+collection without vectors, so that searches do not carry them. `:memory:` in place of a URL
 takes the client's own in-memory mode, which scans everything: for tests and for trying out.
 """
 
+import base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -34,6 +36,8 @@ from server.index.keywords import NAME, document_words, query_words
 T = TypeVar("T")
 METADATA = "vlp"
 """Key of the collection's metadata."""
+THUMBNAILS = ".thumbnails"
+"""Ends the name of a collection's second one; no collection of a user can have it."""
 MEMORY = ":memory:"
 STEP = 500
 """Points per request."""
@@ -106,9 +110,30 @@ class ClusterIndex:
         """Insert or replace points; in the cluster's log when it returns."""
         with _failures():
             for at in range(0, len(points), STEP):
+                self._illustrate(points[at : at + STEP])
                 some = [self._stored(point) for point in points[at : at + STEP]]
                 self._client.upsert(self._name, points=some, wait=True)
         self.count()
+
+    def _illustrate(self, points: Sequence[Point]) -> None:
+        """Store thumbnails, and delete those of points that have none now."""
+        if not self._info.thumbnails:
+            return
+        jpegs = [(point.id, base64.b64encode(point.thumbnail).decode()) for point in points if point.thumbnail]
+        bare = [point.id for point in points if not point.thumbnail]
+        some = [models.PointStruct(id=id, vector={}, payload={"jpeg": jpeg}) for id, jpeg in jpegs]
+        if some:
+            self._client.upsert(self._name + THUMBNAILS, points=some, wait=True)
+        if bare:
+            self._client.delete(self._name + THUMBNAILS, models.PointIdsList(points=bare), wait=True)
+
+    def thumbnails(self, ids: Sequence[PointId]) -> dict[PointId, bytes]:
+        """JPEGs of points."""
+        if not (ids and self._info.thumbnails):
+            return {}
+        with _failures():
+            found = self._client.retrieve(self._name + THUMBNAILS, list(ids), with_payload=True)
+        return {as_id(one.id): base64.b64decode((one.payload or {})["jpeg"]) for one in found}
 
     def _stored(self, point: Point) -> models.PointStruct:
         assert point.vector is not None
@@ -123,6 +148,7 @@ class ClusterIndex:
         """Remove points."""
         if ids:
             with _failures():
+                self._illustrate([Point(id, {}) for id in ids])
                 self._client.delete(self._name, points_selector=models.PointIdsList(points=list(ids)), wait=True)
             self.count()
 
@@ -249,6 +275,9 @@ class ClusterStore:
             raise FileExistsError(name)
         int8 = models.ScalarQuantizationConfig(type=models.ScalarType.INT8, always_ram=True)
         words = {NAME: models.SparseVectorParams(modifier=models.Modifier.IDF)} if info.captions else None
+        if info.thumbnails:  # first: a collection that is there is whole
+            self._drop_thumbnails(name)
+            self._asked(lambda: self._client.create_collection(name + THUMBNAILS, vectors_config={}))
         self._asked(
             lambda: self._client.create_collection(
                 name,
@@ -271,6 +300,11 @@ class ClusterStore:
     def drop(self, name: str) -> None:
         """Delete a collection and its points."""
         self._asked(lambda: self._client.delete_collection(name))
+        self._drop_thumbnails(name)
+
+    def _drop_thumbnails(self, name: str) -> None:
+        if self._asked(lambda: self._client.collection_exists(name + THUMBNAILS)):
+            self._asked(lambda: self._client.delete_collection(name + THUMBNAILS))
 
     def close(self) -> None:
         """Let go of the connections."""

@@ -27,6 +27,7 @@ from data_pipelines.files import fsync_dir, write_atomic
 from server.index import FieldKind, Floats, Hit, IndexInfo, Point, PointId, Row, Where, check_filter, needs_keywords
 from server.index.filters import BOUNDS
 from server.index.keywords import NAME, document_words, query_words
+from server.index.thumbs import Thumbs
 
 INFO = "index.json"
 FORMAT = 2
@@ -57,6 +58,8 @@ class EdgeIndex:
         self._folder, self._info, self._shard = folder, info, shard
         self._bools = frozenset(field for field, kind in info.fields.items() if kind == "bool")
         self._points: int | None = None
+        self.thumbs = Thumbs(folder, info)
+        """For `upsert` and `delete`; whoever calls `add` and `remove` sees to them."""
 
     @property
     def info(self) -> IndexInfo:
@@ -85,12 +88,18 @@ class EdgeIndex:
     def upsert(self, points: Sequence[Point]) -> None:
         """Insert or replace points; see the protocol."""
         if points:
+            self.thumbs.put((point.id, point.thumbnail) for point in points)
             vectors_ND = np.stack([np.asarray(point.vector, np.float32) for point in points])
             self.add([point.id for point in points], vectors_ND, [point.payload for point in points])
             self.sync()
 
     def delete(self, ids: Sequence[PointId]) -> None:
         """Remove points; see the protocol."""
+        self.thumbs.put((id, None) for id in ids)
+        self.remove(ids)
+
+    def remove(self, ids: Sequence[PointId]) -> None:
+        """Remove points, durably."""
         if ids:
             self._shard.update(qe.UpdateOperation.delete_points(_native(ids)))
             self._points = None
@@ -159,6 +168,10 @@ class EdgeIndex:
     def _retrieve(self, ids: Sequence[PointId], vectors: bool) -> list[qe.Record]:
         return self._shard.retrieve(_native(ids), True, [DENSE] if vectors else False) if ids else []
 
+    def thumbnails(self, ids: Sequence[PointId]) -> dict[PointId, bytes]:
+        """JPEGs of points; see the protocol."""
+        return self.thumbs.get(ids)
+
     def scroll(
         self, after: PointId | None, limit: int, where: Where | None = None, *, vectors: bool = False
     ) -> tuple[list[Point], PointId | None]:
@@ -189,6 +202,7 @@ class EdgeIndex:
 
     def close(self) -> None:
         """Flush and unlock."""
+        self.thumbs.close()
         self._shard.close()
 
 

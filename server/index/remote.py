@@ -32,6 +32,7 @@ from server.index import (
     check_filter,
 )
 from server.index.edge import EXACT_BELOW, SHARD_NAME, read_info, write_info
+from server.index.thumbs import Thumbs
 from server.index.wire import pack_points, receive, send, unpack_hits, unpack_points
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ class EdgeProcess:
         self._folder = folder
         self._engine = _Process(folder)
         self._info = self._engine.info
+        self._thumbs = Thumbs(folder, self._info)
         self._state = threading.Lock()
         self._writing = threading.Lock()
         self._compacting = threading.Lock()
@@ -173,6 +175,7 @@ class EdgeProcess:
         with self._writing:
             if self._touched is not None:
                 self._touched.update(point.id for point in points)
+            self._thumbs.put((point.id, point.thumbnail) for point in points)
             self._copy_into(None, points)
             self._churn += len(points)
 
@@ -193,6 +196,7 @@ class EdgeProcess:
         with self._writing:
             if self._touched is not None:
                 self._touched.update(ids)
+            self._thumbs.put((id, None) for id in ids)
             answer, _ = self._ask({"op": "delete", "ids": list(ids)})
             self._info = self._info.model_copy(update={"points": answer["points"]})
             self._churn += len(ids)
@@ -201,6 +205,10 @@ class EdgeProcess:
         """Points by id."""
         answer, rows = self._ask({"op": "get", "ids": list(ids), "vectors": vectors})
         return unpack_points(answer["points"], rows)
+
+    def thumbnails(self, ids: Sequence[PointId]) -> dict[PointId, bytes]:
+        """JPEGs of points, without a word to the engine."""
+        return self._thumbs.get(ids)
 
     def scroll(
         self, after: PointId | None, limit: int, where: Where | None = None, *, vectors: bool = False
@@ -292,5 +300,6 @@ class EdgeProcess:
             made.process.kill()
         with self._compacting, self._writing, self._state:
             self._engine.close()
+            self._thumbs.close()
             if read_info(self._folder) != self._info:
                 write_info(self._folder, self._info)  # how many points there are, for lists of closed collections

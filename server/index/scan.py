@@ -221,6 +221,10 @@ class ScanIndex:
         """Points by id."""
         return self.inner.get(ids, vectors=vectors)
 
+    def thumbnails(self, ids: Sequence[PointId]) -> dict[PointId, bytes]:
+        """JPEGs of points."""
+        return self.inner.thumbnails(ids)
+
     def scroll(
         self, after: PointId | None, limit: int, where: Where | None = None, *, vectors: bool = False
     ) -> tuple[list[Point], PointId | None]:

@@ -6,7 +6,8 @@ Suffixes: N rows, D vector width.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from server.index.folders import POINT_ID, Batch
 from vlp.embed_files import EMBEDDERS
 
 Advance = Callable[[int], None]
+Illustrate = Callable[[Sequence[PointId], Sequence[Mapping[str, Any]]], Sequence[bytes | None]]
+"""Thumbnails of points by their ids and payloads, in order."""
 PAGE = 1000
 PART_ROWS = 100_000
 PART = re.compile(r"metadata_([0-9]+)\.parquet")
@@ -42,10 +45,14 @@ def _rows(points: Sequence[Point]) -> NDArray[np.float32]:
     return np.stack([point.vector for point in points if point.vector is not None])
 
 
-def put(batches: Iterable[Batch], index: Index, advance: Advance, overwrite: bool = False) -> int:
+def put(
+    batches: Iterable[Batch], index: Index, advance: Advance, overwrite: bool = False,
+    illustrate: Illustrate | None = None,
+) -> int:  # fmt: skip
     """Write points into an index; returns how many were not there before, or were written again.
 
-    Without `overwrite` a point whose id and payload are there already is left alone. Raises PipelineError for a payload
+    Without `overwrite` a point whose id and payload are there already is left alone. Without `illustrate`
+    no point gets a thumbnail. Raises PipelineError for a payload
     that does not fit the fields of the index.
     """
     written = 0
@@ -60,6 +67,9 @@ def put(batches: Iterable[Batch], index: Index, advance: Advance, overwrite: boo
                 raise PipelineError(f"point {id}: {error}") from error
             if there.get(id) != payload:
                 fresh.append(Point(id, payload, vector_D))
+        if illustrate is not None and fresh:
+            jpegs = illustrate([point.id for point in fresh], [point.payload for point in fresh])
+            fresh = [replace(point, thumbnail=jpeg) for point, jpeg in zip(fresh, jpegs, strict=True)]
         index.upsert(fresh)
         written += len(fresh)
         advance(len(ids))

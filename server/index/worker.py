@@ -39,7 +39,7 @@ def _upsert(index: EdgeIndex, ask: dict[str, Any], vectors: memoryview) -> Answe
 
 
 def _delete(index: EdgeIndex, ask: dict[str, Any], _vectors: memoryview) -> Answer:
-    index.delete(ask["ids"])
+    index.remove(ask["ids"])
     return {"points": index.info.points}, b""
 
 

@@ -1,9 +1,12 @@
 """The back end of clip-retrieval, for ClipClient and clip-front, over our collections.
 
+`image` is a JPEG in base64, as there: the thumbnail where a collection keeps them.
+
 Suffixes: N hits, D embedding width.
 """
 
-from collections.abc import Sequence
+import base64
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,7 @@ from server.answers import json_answer
 from server.batcher import Row
 from server.catalogue import model_of
 from server.errors import ApiError, bad_request
-from server.index import Hit, Index, as_id
+from server.index import Hit, Index, Point, PointId, as_id
 from server.inputs import see_pictures
 from server.limits import read_json
 from server.schemas import body_of
@@ -59,9 +62,10 @@ async def knn_service(request: Request) -> Response:
     hits = await services.in_thread(lambda: index.search(query, count, vectors=wanted.deduplicate))
     if wanted.deduplicate:
         hits = _distinct(hits)
+    images = await _images(services, index, [hit.id for hit in hits[:shown]])
     return json_answer(
         [
-            {**(_columns(hit.payload) if number < shown else {}), "id": hit.id, "similarity": hit.score}
+            {**(_columns(hit, images) if number < shown else {}), "id": hit.id, "similarity": hit.score}
             for number, hit in enumerate(hits)
         ]
     )
@@ -85,7 +89,8 @@ async def metadata(request: Request) -> Response:
     except ValueError as error:
         raise bad_request(f"ids: {error}", "ids") from error
     points = await services.in_thread(lambda: index.get(ids)) if ids else []
-    return json_answer([{"id": point.id, "metadata": _columns(point.payload)} for point in points])
+    images = await _images(services, index, [point.id for point in points])
+    return json_answer([{"id": point.id, "metadata": _columns(point, images)} for point in points])
 
 
 async def _index(services: Services, name: str | None) -> Index:
@@ -128,9 +133,17 @@ def _given(numbers: Sequence[float], dim: int) -> Row:
     return unit_D
 
 
-def _columns(payload: dict[str, Any]) -> dict[str, Any]:
-    """The payload with clip-retrieval's word for the key of a sample."""
-    return payload if "key" not in payload or "image_path" in payload else {**payload, "image_path": payload["key"]}
+async def _images(services: Services, index: Index, ids: Sequence[PointId]) -> dict[PointId, dict[str, str]]:
+    if not index.info.thumbnails:
+        return {}
+    jpegs = await services.in_thread(lambda: index.thumbnails(ids))
+    return {id: {"image": base64.b64encode(jpeg).decode()} for id, jpeg in jpegs.items()}
+
+
+def _columns(found: Hit | Point, images: Mapping[PointId, dict[str, str]]) -> dict[str, Any]:
+    """The payload with clip-retrieval's words: `image_path` for the key of a sample, `image` for its thumbnail."""
+    path = {"image_path": found.payload["key"]} if "key" in found.payload else {}
+    return {**path, **images.get(found.id, {}), **found.payload}
 
 
 def _distinct(hits: Sequence[Hit]) -> list[Hit]:

@@ -52,6 +52,7 @@ async def create_collection(request: Request) -> Response:
         fields=wanted.fields,
         captions=wanted.captions,
         language=wanted.language,
+        thumbnails=wanted.thumbnails or 0,
     )
     index = await services.collections.create(wanted.name, info, limits.collections)
     return json_answer(_content(wanted.name, index.info, await services.collections.default()), 201)
@@ -84,5 +85,6 @@ def _content(name: str, info: IndexInfo, default: str | None) -> dict[str, Any]:
         "fields": info.fields,
         "captions": info.captions or None,
         "language": info.language,
+        "thumbnails": info.thumbnails or None,
         "points": info.points,
     }

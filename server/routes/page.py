@@ -3,7 +3,6 @@
 Browsers ask each time whether a file has changed, which costs 304 and no body: a new server never meets an old page.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.answers import revalidated, tag_of
 from server.errors import ApiError
 
 router = APIRouter(include_in_schema=False)
@@ -43,7 +43,6 @@ class Asset:
     kind: str
     """Content-Type."""
     tag: str
-    """ETag, made of the content: equal on every worker and replica."""
 
 
 @cache
@@ -53,7 +52,7 @@ def assets() -> Mapping[str, Asset]:
     for path in sorted(FOLDER.iterdir()):
         if path.suffix in KINDS:
             body = path.read_bytes()
-            found[path.name] = Asset(body, KINDS[path.suffix], f'"{hashlib.sha256(body).hexdigest()[:24]}"')
+            found[path.name] = Asset(body, KINDS[path.suffix], tag_of(body))
     return found
 
 
@@ -74,9 +73,5 @@ async def asset(request: Request) -> Response:
 
 def answer(request: Request, asset: Asset) -> Response:
     """The file, or 304 for a browser that has it."""
-    headers = {"ETag": asset.tag, "Cache-Control": "no-cache", "Content-Security-Policy": POLICY}
-    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
-    if asset.tag in known or "*" in known:
-        return Response(status_code=304, headers=headers)
-    headers["Content-Length"] = str(len(asset.body))  # a HEAD answer has the length, too
-    return Response(b"" if request.method == "HEAD" else asset.body, headers={**headers, "Content-Type": asset.kind})
+    headers = {"Content-Type": asset.kind, "Cache-Control": "no-cache", "Content-Security-Policy": POLICY}
+    return revalidated(request, asset.body, asset.tag, headers)

@@ -3,13 +3,16 @@
 import json
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.answers import as_floats, json_answer
+from data_pipelines.errors import BadSample
+from data_pipelines.pictures import thumbnail
+from server.answers import as_floats, json_answer, revalidated, tag_of
 from server.errors import ApiError, bad_request
 from server.index import Index, PayloadError, Point, PointId, as_id, check_filter, check_payload
 from server.limits import read_json, validated
@@ -38,6 +41,11 @@ PAGE = 1000
 PAGE_SHOWN = 100
 DEPTH = 32
 """How deep payloads may be nested."""
+THUMBNAIL_HEADERS = {
+    "Content-Type": "image/jpeg",
+    "Cache-Control": "private, no-cache",  # asked for again each time, which costs 304: a deleted one is gone at once
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 UPSERT = {"points": [{"id": 1, "image": "iVBORw0KGgo...", "payload": {"caption": "a red circle", "source": "me"}}]}
 
 
@@ -68,16 +76,36 @@ async def upsert_points(request: Request) -> Response:
     resolved = await resolve(services, index.info, [(f"points[{n}]", p) for n, p in good], wanted.model)
     errors.update((n, row) for (n, _), row in zip(good, resolved.rows, strict=True) if isinstance(row, ApiError))
     ids = [str(uuid.uuid4()) if point.id is None else point.id for point in wanted.points]
-    points = [
-        Point(ids[number], {k: v for k, v in point.payload.items() if v is not None}, row)
+    points = {
+        number: Point(ids[number], {k: v for k, v in point.payload.items() if v is not None}, row)
         for (number, point), row in zip(good, resolved.rows, strict=True)
         if not isinstance(row, ApiError)
-    ]
+    }
     if not points:
         raise errors[min(errors)]
-    await services.in_thread(lambda: index.upsert(points))
+    pictures = {good[place][0]: data for place, data in resolved.pictures.items()}
+    stored = await services.in_thread(lambda: _store(index, points, pictures, limits.pixels))
     services.collections.after_write(index)
-    return json_answer({"collection": name, "upserted": len(points), "data": _outcomes(ids, errors, good, resolved)})
+    outcomes = _outcomes(ids, errors, good, resolved)
+    if index.info.thumbnails:
+        for number, outcome in enumerate(outcomes):
+            outcome["thumbnail"] = number in stored and stored[number].thumbnail is not None
+    return json_answer({"collection": name, "upserted": len(points), "data": outcomes})
+
+
+def _store(index: Index, points: dict[int, Point], pictures: dict[int, bytes], pixels: int) -> dict[int, Point]:
+    """Upsert points; what was stored, with thumbnails of those `pictures` of which the collection keeps them."""
+    if side := index.info.thumbnails:
+        points = {n: replace(point, thumbnail=_thumbnail(pictures.get(n), side, pixels)) for n, point in points.items()}
+    index.upsert(list(points.values()))
+    return points
+
+
+def _thumbnail(data: bytes | None, side: int, pixels: int) -> bytes | None:
+    try:
+        return None if data is None else thumbnail(data, side, pixels)
+    except BadSample:  # the model made something of it all the same; the answer says that there is no thumbnail
+        return None
 
 
 def _check(point: GivenPoint, param: str, index: Index, most: int) -> None:
@@ -191,6 +219,30 @@ def _id_of(request: Request) -> PointId:
 
 def _missing(id: PointId) -> ApiError:
     return ApiError(404, f"there is no point {id!r} in this collection", "point_not_found", "id")
+
+
+@router.get(
+    f"{PATH}/{{point}}/thumbnail",
+    response_class=Response,
+    responses={
+        200: {"content": {"image/jpeg": {}}},
+        304: {"description": "It is what `If-None-Match` names."},
+        **UNKNOWN,
+    },
+)
+async def get_thumbnail(request: Request) -> Response:
+    """A small JPEG of a point's picture, in collections that keep them."""
+    services = services_of(request)
+    id = _id_of(request)
+    index = await services.collections.get(request.path_params["collection"])
+    if not index.info.thumbnails:
+        raise ApiError(404, "this collection keeps no thumbnails: it was made without them", "no_thumbnails")
+    jpeg = await services.in_thread(lambda: index.thumbnails([id]).get(id))
+    if jpeg is None:
+        if not await services.in_thread(lambda: index.get([id])):
+            raise _missing(id)
+        raise ApiError(404, f"point {id!r} has no thumbnail: it had no picture", "no_thumbnail", "id")
+    return revalidated(request, jpeg, tag_of(jpeg), THUMBNAIL_HEADERS)
 
 
 @writing.delete(f"{PATH}/{{point}}", response_model=Deleted, responses=UNKNOWN)

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, StrictInt, WithJsonSchema, model_validator
 
+from data_pipelines.pictures import THUMBNAIL_SIDES
 from server.index import FieldKind, as_id
 from server.index.filters import BOUNDS
 from server.index.keywords import Language
@@ -53,6 +54,10 @@ class CreateCollection(Body):
     language: Language = Field(default="english", description="Of the captions: its stop words and word endings.")
     modality: Literal["image", "text"] = Field(default="image", description="What the vectors are of.")
     model: str | None = Field(default=None, description="Model of the vectors; the default model when absent.")
+    thumbnails: StrictInt | None = Field(
+        default=None, ge=THUMBNAIL_SIDES[0], le=THUMBNAIL_SIDES[1],
+        description="Keep a JPEG of points given as pictures, so many pixels long; absent: none.",
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _captions_are_text(self) -> "CreateCollection":
@@ -73,6 +78,8 @@ class CollectionInfo(Answer):
     fields: dict[str, FieldKind]
     captions: str | None
     language: str
+    thumbnails: int | None
+    """Longest side of the points' thumbnails in pixels; null where none are kept."""
     points: int
 
 
@@ -113,6 +120,8 @@ class Upserted(Answer):
     index: int
     id: int | str
     error: ErrorObject | None
+    thumbnail: bool | None = None
+    """Whether it has one now; absent where the collection keeps none."""
     guard: GuardVerdict | None = None
 
 
