@@ -3,6 +3,7 @@
 import { ask, worded } from "./api.js";
 import { byId, count, definitions, el, fill, fixed, guardBadge, listed, say } from "./dom.js";
 import { Well, pictureOf } from "./pictures.js";
+import { forgetThumbnails, thumbnail } from "./thumbnails.js";
 
 const PAGE = 24;
 const SHORT = 60; // characters of a payload value that is worth a suggestion
@@ -217,6 +218,7 @@ function results(body, guards) {
   const last = offset + hits.length;
   const range = next === null && offset === 0 ? count(hits.length, "result") : `Results ${offset + 1} to ${last}`;
   byId("search-status").textContent = hits.length ? `${range} for ${subject()}.` : offset ? "No further results." : `Nothing found for ${subject()}.`;
+  forgetThumbnails();
   fill(byId("hits"), hits.map(card));
   byId("search-pages").hidden = next === null && offset === 0;
   byId("earlier").disabled = offset === 0;
@@ -246,26 +248,39 @@ function scores({ cosine, bm25 }) {
 // numbers above 2^53 are not what they were once JavaScript has read them
 const exact = (id) => typeof id === "string" || Number.isSafeInteger(id);
 
-function card(hit) {
-  const source = pictureOf(hit.payload);
-  const name = title(hit);
-  const key = hit.payload.key !== undefined && String(hit.payload.key) !== name ? String(hit.payload.key) : "";
-  const item = el("li", { className: source ? "hit" : "hit bare" });
-  if (source) {
-    const image = el("img", { alt: "", loading: "lazy", referrerPolicy: "no-referrer", src: source });
+/** The picture of a result: the server's thumbnail, else what its payload names, else nothing. `large`: for the dialog. */
+function illustrate(hit, place, large = false) {
+  const source = pictureOf(hit.payload, large);
+  const fallBack = () => {
+    if (!source) return place.classList.add("bare");
+    const image = el("img", { alt: title(hit), loading: "lazy", referrerPolicy: "no-referrer", src: source });
     image.addEventListener("error", () => {
       image.remove();
-      item.classList.add("bare");
+      place.classList.add("bare");
     });
-    item.append(image);
-  }
-  item.append(
+    place.prepend(image);
+  };
+  const { name, thumbnails } = collection();
+  const better = source && (large || source.startsWith("data:")); // it is here already, or larger
+  if (!thumbnails || better || !exact(hit.id)) return fallBack();
+  const image = thumbnail(`v1/collections/${encodeURIComponent(name)}/points/${hit.id}/thumbnail`, title(hit), () => {
+    image.remove();
+    fallBack();
+  });
+  place.prepend(image);
+}
+
+function card(hit) {
+  const name = title(hit);
+  const key = hit.payload.key !== undefined && String(hit.payload.key) !== name ? String(hit.payload.key) : "";
+  const item = el("li", { className: "hit" },
     el("div", { className: "text" },
       el("button", { type: "button", className: "open", "aria-haspopup": "dialog", onclick: () => details(hit) }, name),
       key ? el("p", { className: "sub", title: key }, key) : null),
     el("div", { className: "foot" },
       el("span", {}, scores(hit)),
       exact(hit.id) ? el("button", { type: "button", className: "quiet", "aria-label": `More like ${name}`, onclick: () => similar(hit) }, "Similar") : null));
+  illustrate(hit, item);
   return item;
 }
 
@@ -287,12 +302,11 @@ function shown(value) {
 function details(hit) {
   const source = pictureOf(hit.payload, true);
   const kept = Object.entries(hit.payload).filter(([, value]) => !(typeof value === "string" && (value.startsWith("data:") || value === source?.split(",")[1])));
-  const image = source ? el("img", { alt: "", referrerPolicy: "no-referrer", src: source }) : null;
-  image?.addEventListener("error", () => image.remove());
   byId("details-title").textContent = title(hit);
-  fill(byId("details-body"), image,
+  fill(byId("details-body"),
     definitions([["Cosine", hit.cosine === null ? null : fixed(hit.cosine, 4)], ["Words", hit.bm25 === undefined ? null : fixed(hit.bm25, 2)],
       ...kept.map(([name, value]) => [name, shown(value)]), ["id", String(hit.id)]]),
     exact(hit.id) ? el("button", { type: "button", className: "main", onclick: () => similar(hit) }, "More like this") : null);
+  illustrate(hit, byId("details-body"), true);
   byId("details").showModal();
 }

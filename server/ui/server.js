@@ -24,7 +24,7 @@ function model({ id, dimensions, capabilities = [], guard }) {
   ]));
 }
 
-function collection({ name, default: first, model: made, dimensions, modality, fields, captions, points }) {
+function collection({ name, default: first, model: made, dimensions, modality, fields, captions, thumbnails, points }) {
   const filters = Object.entries(fields).map(([field, kind]) => `${field} (${kind})`).join(", ");
   return el("li", {},
     el("h3", {}, el("a", { href: `#search?${new URLSearchParams({ c: name })}` }, name), first ? el("span", { className: "badge" }, "default") : null),
@@ -34,6 +34,7 @@ function collection({ name, default: first, model: made, dimensions, modality, f
       ["Dimensions", String(dimensions)],
       ["Filters", filters || "none"],
       ["Words of", captions || "not searchable"],
+      ["Thumbnails", thumbnails ? `up to ${thumbnails} pixels` : null],
     ]));
 }
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.errors import ConfigError
-from data_pipelines.pictures import Prepared, WriteOptions, prepare
+from data_pipelines.errors import BadSample, ConfigError
+from data_pipelines.pictures import Prepared, WriteOptions, prepare, thumbnail
 from data_pipelines.records import Record
 from data_pipelines.resize import ResizeMode, encode, resize_to
 from data_pipelines.testing import draw
@@ -73,3 +73,49 @@ def test_a_side_longer_than_the_format_holds_is_a_counted_failure(format: str, s
 def test_quality_zero_is_refused_for_jpg() -> None:
     with pytest.raises(ConfigError, match="jpg takes 1 to 100"):
         WriteOptions(encode_format="jpg", encode_quality=0)
+
+
+@pytest.mark.parametrize(
+    ("size", "form", "expected"),
+    [
+        ((640, 480), "JPEG", (96, 72)),
+        ((480, 640), "PNG", (72, 96)),
+        ((500, 2), "WEBP", (96, 1)),
+        ((300, 300), "GIF", (96, 96)),
+        ((40, 32), "JPEG", (40, 32)),
+    ],
+)
+def test_thumbnails_have_the_shape_of_their_picture(
+    size: tuple[int, int], form: str, expected: tuple[int, int]
+) -> None:
+    found = Image.open(io.BytesIO(thumbnail(draw(size, format=form, seed=1), 96)))
+    assert (found.size, found.format, found.mode) == (expected, "JPEG", "RGB")
+
+
+def test_thumbnails_are_upright_on_white_and_tell_nothing_else() -> None:
+    for size in ((300, 200), (60, 40)):
+        exif = Image.Exif()
+        exif[0x0112], exif[0x010E] = 6, "where I live"
+        buffer = io.BytesIO()
+        Image.new("RGB", size, "red").save(buffer, "JPEG", exif=exif, comment=b"where I live")
+        found = thumbnail(buffer.getvalue(), 96)
+        assert Image.open(io.BytesIO(found)).size == ((64, 96) if size[0] > 96 else (40, 60))
+        exif[0x0112] = 1
+        Image.new("RGB", size, "red").save(buffer := io.BytesIO(), "JPEG", exif=exif, comment=b"where I live")
+        assert b"where I live" not in found + thumbnail(buffer.getvalue(), 96)
+    Image.new("RGBA", (200, 200), (255, 0, 0, 0)).save(buffer := io.BytesIO(), "PNG")
+    assert Image.open(io.BytesIO(thumbnail(buffer.getvalue(), 96))).getpixel((50, 50)) == (255, 255, 255)
+
+
+def test_what_is_no_picture_has_no_thumbnail() -> None:
+    whole = draw((640, 480), format="JPEG", seed=3)
+    np.save(array := io.BytesIO(), np.zeros((3, 8, 8), np.uint8))
+    for data, reason in (
+        (whole[:-2000], "truncated_image"), (b"text", "not_an_image"), (b"", "not_an_image"),
+        (array.getvalue(), "array_kept_as_is"),
+    ):  # fmt: skip
+        with pytest.raises(BadSample) as caught:
+            thumbnail(data, 96)
+        assert caught.value.reason == reason
+    with pytest.raises(BadSample, match="too_many_pixels"):
+        thumbnail(whole, 96, max_pixels=1000)

@@ -283,6 +283,40 @@ def test_boxes_are_drawn_where_the_detector_found_them(browser: Any, site: Any) 
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_results_show_the_servers_thumbnails_as_they_come_into_sight(browser: Any, site: Any, dark: bool) -> None:
+    name = f"small{dark:d}"
+    site.ask("/v1/collections", {"name": name, "thumbnails": 64})
+    points: list[dict[str, Any]] = [
+        {"id": n, "image": b64(picture(n, (90, 60))), "payload": {"caption": f"{WORDS[n % 7]} number {n}"}}
+        for n in range(31)
+    ]
+    points.append({"id": 99, "text": "red circle", "payload": {"caption": "a text without a picture"}})
+    site.ask(f"/v1/collections/{name}/points", {"points": points})
+    browser.window(700, 500, dark=dark)
+    browser.open(f"{site.url}/#search?c={name}&q=red+circle&size=48")
+    browser.wait("!document.querySelector('#key-form').hidden || document.querySelectorAll('.hit').length > 0")
+    if browser.js("!document.querySelector('#key-form').hidden"):
+        browser.write("#key", site.key)
+        browser.press("Enter")
+    browser.wait("document.querySelectorAll('.hit').length === 32")
+    browser.wait("[...document.querySelectorAll('.hit img')].some((i) => i.complete && i.naturalWidth === 64)")
+    assert titles(browser)[0] == "a text without a picture"
+    browser.wait("document.querySelector('.hit').className === 'hit bare'")
+    asked = [url for url in browser.requests if url.endswith("/thumbnail")]
+    assert 4 <= len(asked) < 32, "those far below the window are not asked for"
+    alts = browser.js("[...document.querySelectorAll('.hit img')].map((i) => i.alt)")
+    assert alts == titles(browser)[1:], "captions are their other text"
+    assert browser.js(CONTRAST) == []
+    browser.js("document.querySelector('.hit:last-child').scrollIntoView()")
+    browser.wait("document.querySelector('.hit:last-child img').naturalWidth === 64")
+    browser.js("document.querySelector('.hit:last-child .open').focus()")
+    browser.press("Enter")
+    browser.wait("document.querySelector('#details-body img')?.naturalWidth === 64")
+    browser.press("Escape")
+    browser.wait("document.activeElement.className === 'open'")
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_legible_and_no_wider_than_a_small_phone(browser: Any, site: Any, dark: bool) -> None:
     browser.window(360, 740, dark=dark, phone=True)
     visit(browser, site, "search")

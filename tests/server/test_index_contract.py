@@ -243,3 +243,24 @@ def test_embedded_collections_of_format_1_still_open(tmp_path: Path) -> None:
     with pytest.raises(NoKeywords):
         index.keywords("k", 1)
     index.close()
+
+
+def test_thumbnails_come_and_go_with_their_points(make: Make) -> None:
+    index = make(INFO.model_copy(update={"thumbnails": 64}))
+    big = 2**64 - 1
+    ids: list[PointId] = [1, big, A, B]
+    vectors = rows(4)
+    index.upsert([Point(id, payload(n), vectors[n], b"jpeg %d" % n) for n, id in enumerate(ids)])
+    assert index.thumbnails([*ids, 7]) == {id: b"jpeg %d" % n for n, id in enumerate(ids)}
+    assert index.get([1]) == [Point(1, payload(0))], "reading a point does not bring it along"
+    index.upsert([Point(1, payload(0), vectors[0], b"other"), Point(big, payload(1), vectors[1])])
+    assert index.thumbnails([1, big]) == {1: b"other"}
+    index.delete([A, 99])
+    assert index.thumbnails(ids) == {1: b"other", B: b"jpeg 3"}
+
+
+def test_an_index_made_without_thumbnails_keeps_none(make: Make) -> None:
+    index = make(INFO)
+    index.upsert([Point(1, payload(0), rows(1)[0], b"jpeg")])
+    assert index.thumbnails([1]) == {}
+    index.delete([1])
