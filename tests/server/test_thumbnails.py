@@ -57,7 +57,7 @@ def size_of(jpeg: bytes) -> tuple[int, int]:
     with Image.open(io.BytesIO(jpeg)) as opened:
         assert opened.format == "JPEG"
         opened.load()
-        return opened.size
+        return opened.width, opened.height
 
 
 def grey(data: bytes) -> "np.ndarray[Any, np.dtype[np.float32]]":
