@@ -45,7 +45,7 @@ PLAIN = {"YCbCr": "RGBX", "RGB": "RGBX", "Gray": "GRAY"}
 THUMBNAIL_SIDE, THUMBNAIL_SIDES = 128, (16, 512)
 """Longer side of a thumbnail in pixels: usual, and what may be asked for."""
 THUMBNAIL_QUALITY = 80
-"""As JPEG: 3.7 kB of a photograph at 128 pixels. WebP of 80 has 2.6 kB and takes 1.2 ms more, nine tenths on top."""
+"""As JPEG: 3.7 kB and 1.4 ms for a photograph at 128 pixels; as WebP 2.6 kB and 2.6 ms, five times an icon's."""
 KEPT_ROOM = 32 << 20
 """Bytes that a thread keeps for the next picture's pixels; asking the system anew costs half a decoding."""
 _ROOM = threading.local()

@@ -119,11 +119,14 @@ class ClusterIndex:
         """Store thumbnails, and delete those of points that have none now."""
         if not self._info.thumbnails:
             return
-        jpegs = [(point.id, base64.b64encode(point.thumbnail).decode()) for point in points if point.thumbnail]
+        shown = [
+            models.PointStruct(id=p.id, vector={}, payload={"jpeg": base64.b64encode(p.thumbnail).decode()})
+            for p in points
+            if p.thumbnail
+        ]
         bare = [point.id for point in points if not point.thumbnail]
-        some = [models.PointStruct(id=id, vector={}, payload={"jpeg": jpeg}) for id, jpeg in jpegs]
-        if some:
-            self._client.upsert(self._name + THUMBNAILS, points=some, wait=True)
+        if shown:
+            self._client.upsert(self._name + THUMBNAILS, points=shown, wait=True)
         if bare:
             self._client.delete(self._name + THUMBNAILS, models.PointIdsList(points=bare), wait=True)
 

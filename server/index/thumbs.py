@@ -38,9 +38,7 @@ class Thumbs:
                 raise IndexFailure("the collection is closed")
             try:
                 if self._opened is None:
-                    self._opened = sqlite3.connect(self._path, check_same_thread=False)
-                    for statement in SET_UP:
-                        self._opened.execute(statement)
+                    self._opened = _open(self._path)
                 with self._opened as database:
                     yield database
             except sqlite3.Error as error:
@@ -70,6 +68,17 @@ class Thumbs:
             self._closed = True
             if self._opened is not None:
                 self._opened.close()
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, check_same_thread=False)
+    try:
+        for statement in SET_UP:
+            database.execute(statement)
+    except sqlite3.Error:
+        database.close()
+        raise
+    return database
 
 
 def _key(id: PointId) -> bytes:

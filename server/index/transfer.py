@@ -51,9 +51,8 @@ def put(
 ) -> int:  # fmt: skip
     """Write points into an index; returns how many were not there before, or were written again.
 
-    Without `overwrite` a point whose id and payload are there already is left alone. Without `illustrate`
-    no point gets a thumbnail. Raises PipelineError for a payload
-    that does not fit the fields of the index.
+    Without `overwrite` a point whose id and payload are there already is left alone, without `illustrate` no point gets
+    a thumbnail. Raises PipelineError for a payload that does not fit the fields of the index.
     """
     written = 0
     info = index.info
