@@ -63,7 +63,7 @@ class AugmentConfig(StrictModel):
     overlay: float = Field(0.0, ge=0, le=1)
     """Probability of a random texture over the whole picture, see `textures`."""
     patch: float = Field(0.0, ge=0, le=1)
-    """Probability of a rectangle of 5 to 33 % of each side filled with a random texture."""
+    """Probability of a rectangle of 5 to 25 % of each side filled with a random texture."""
     warp: float = Field(0.0, ge=0, le=0.25)
     """Largest mean shift of pixels by a smooth warp, as a share of the side."""
     ground: int = 255
@@ -140,7 +140,8 @@ def traced(
     matrix_B23 = None
     if config.geometric:
         matrix_B23 = _matrix(config, draws[:, :7], _window(config.crop, more[:, :4]))
-        bent = bend(*picture.shape[-2:], config.warp, generator, total, list(rows)) if config.warp else None
+        height, width = picture.shape[-2:]
+        bent = bend(height, width, config.warp, generator, total, list(rows)) if config.warp else None
         picture = _affine(picture, matrix_B23, bent)
     if config.colour:
         picture = _colour(picture, config, draws[:, 7:12])

@@ -15,7 +15,7 @@ GRID, BENDS = 28, 4
 """Most points across a texture; points across a warp."""
 OPACITY = 0.4
 """Of the strongest texture over a whole picture."""
-PATCH = (0.05, 0.33)
+PATCH = (0.05, 0.25)
 """Smallest and largest side of a rectangle, as a share of the picture's."""
 HARD = 8.0
 """Contrast of the hardest texture: nearly two values alone."""

@@ -1,4 +1,4 @@
-"""Textures, patches and warps: as many pictures as asked for, everything of random numbers that belong to the sample."""
+"""Textures, patches and warps: as many pictures as asked for, all from random numbers that belong to the sample."""
 
 import numpy as np
 import pytest
@@ -14,10 +14,16 @@ from data_pipelines.textures import OPACITY
 COUNT, SIDE = 64, 32
 
 
-def run(level: int, rows: range = range(COUNT), channels: int = 3, **options: float) -> torch.Tensor:
+def run(level: int, **options: float) -> torch.Tensor:
     """Plain pictures of one grey level, changed."""
+    return part(level, range(COUNT), 3, options)
+
+
+def part(level: int, rows: range, channels: int, options: dict[str, float]) -> torch.Tensor:
+    """Those of some rows."""
     plain = torch.full((len(rows), channels, SIDE, SIDE), level, dtype=torch.uint8)
-    return augment(plain, AugmentConfig(**options, ground=0), np.random.default_rng(3), COUNT, rows)
+    config = AugmentConfig.model_validate({**options, "ground": 0})
+    return augment(plain, config, np.random.default_rng(3), COUNT, rows)
 
 
 def changed(level: int, **options: float) -> torch.Tensor:
@@ -40,7 +46,7 @@ def test_textures_differ_from_picture_to_picture_in_scale_direction_and_colour()
     assert ratio.max() > 3.0
     grey = (found == found[:, :1]).flatten(1).all(dim=1).float().mean()
     assert 0.3 < grey < 0.75
-    assert run(0, channels=1, overlay=1.0).shape[1] == 1
+    assert part(0, range(COUNT), 1, {"overlay": 1.0}).shape[1] == 1
 
 
 def test_a_patch_is_a_small_rectangle_of_opaque_texture() -> None:
@@ -65,8 +71,8 @@ def test_a_warp_moves_half_of_the_pictures_smoothly_by_no_more_than_it_may() -> 
 
 def test_a_rank_sees_its_rows_of_the_global_batch() -> None:
     options = {"overlay": 0.5, "patch": 0.5, "warp": 0.1}
-    parts = [run(90, range(start, start + 16), **options) for start in range(0, COUNT, 16)]
-    assert torch.equal(torch.cat(parts), run(90, **options))
+    parts = [part(90, range(start, start + 16), 3, options) for start in range(0, COUNT, 16)]
+    assert torch.equal(torch.cat(parts), part(90, range(COUNT), 3, options))
 
 
 def test_what_cannot_be_meant_is_refused() -> None:
