@@ -31,7 +31,9 @@ class Typed:
 
 def sections(found: list[Block]) -> dict[str, list[Block]]:
     """Blocks by section, in README's order."""
-    return {name: [block for block in found if block.section == name] for name in dict.fromkeys(b.section for b in found)}
+    return {
+        name: [block for block in found if block.section == name] for name in dict.fromkeys(b.section for b in found)
+    }
 
 
 def account(name: str, some: list[Block], trouble: str, seconds: float) -> Typed:
@@ -46,9 +48,15 @@ def account(name: str, some: list[Block], trouble: str, seconds: float) -> Typed
 
 
 @click.command()
-@click.option("--only", default="", help="Sections, by commas; the others keep their rows. They need what stands above.")
-@click.option("--folder", type=click.Path(path_type=Path), help="Where it is tried; kept, and gone on with if it exists.")
-@click.option("--shards", type=click.Path(path_type=Path, exists=True), help="Shards of the starter data, if there are any.")
+@click.option(
+    "--only", default="", help="Sections, by commas; the others keep their rows. They need what stands above."
+)
+@click.option(
+    "--folder", type=click.Path(path_type=Path), help="Where it is tried; kept, and gone on with if it exists."
+)
+@click.option(
+    "--shards", type=click.Path(path_type=Path, exists=True), help="Shards of the starter data, if there are any."
+)
 def main(only: str, folder: Path | None, shards: Path | None) -> None:
     """Run README's blocks, write tests/benchmarks/results/docs-proofs.json, renew README's table."""
     failed = False

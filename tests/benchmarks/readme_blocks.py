@@ -109,7 +109,7 @@ def _commented(block: Block, said: str) -> Block:
 def _pieces(readme: str) -> Iterator[tuple[str, str]]:
     """(kind, text) of the page's paragraphs: heading, comment, shell, prose, or the language of a fence."""
     fence, lines = "", []
-    for line in [*readme.splitlines(), ""]:
+    for line in [*readme.splitlines(), "#"]:  # a last line, so that nothing is left open
         if fence:
             if line.startswith("```"):
                 yield fence, "\n".join(lines) + "\n"
