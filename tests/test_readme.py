@@ -154,7 +154,7 @@ def ten_lines(path: str, package: ModuleType, folder: Path, monkeypatch: pytest.
     """README's file, written into a folder that its package looks into as well."""
     (block,) = (block for block in BLOCKS if block.file == path)
     code = [line for line in block.text.splitlines()[1:] if line and not line.startswith(("from", "import"))]
-    assert len(code) == 10
+    assert 0 < len(code) <= 10
     (folder / Path(path).name).write_text(block.text)
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
     name = f"{package.__name__}.{Path(path).stem}"
