@@ -108,7 +108,8 @@ def _commented(block: Block, said: str) -> Block:
 
 def _pieces(readme: str) -> Iterator[tuple[str, str]]:
     """(kind, text) of the page's paragraphs: heading, comment, shell, prose, or the language of a fence."""
-    fence, lines = "", []
+    fence = ""
+    lines: list[str] = []
     for line in [*readme.splitlines(), "#"]:  # a last line, so that nothing is left open
         if fence:
             if line.startswith("```"):
@@ -175,8 +176,8 @@ def run(some: Sequence[Block], folder: Path) -> tuple[str, float]:
         **os.environ, "PATH": f"{folder / '.venv/bin'}:{os.environ['PATH']}", "PYTHONPATH": str(folder),
         "BASH_ENV": str(folder / "functions.sh"), "HF_HUB_OFFLINE": "1", "COLUMNS": "200",
     }  # fmt: skip
-    alone = [word for word in ("unshare", "--net", "" if os.geteuid() == 0 else "--map-root-user") if word]
-    able = subprocess.run([*alone, "true"], capture_output=True, check=False).returncode == 0
+    alone = ["unshare", "--net", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+    able = subprocess.run([*alone, "ip", "link", "set", "lo", "up"], capture_output=True, check=False).returncode == 0
     command = [*alone, "bash", "-c", NO_NETWORK] if able else ["bash", "-euo", "pipefail", "steps.sh"]
     began = time.monotonic()
     with (folder / "steps.log").open("w") as log:
