@@ -162,7 +162,7 @@ def script(some: Sequence[Block]) -> str:
             ]
             lines += ['added() { case "$1 " in', *cases, "  *) ;;", "esac; }"]
             lines += [f"echo '@@ {number}'", block.text]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "echo '@@ end'", ""])
 
 
 def run(some: Sequence[Block], folder: Path) -> tuple[str, float]:
@@ -184,7 +184,7 @@ def run(some: Sequence[Block], folder: Path) -> tuple[str, float]:
         done = subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
     text = (folder / "steps.log").read_text(errors="replace")
     seconds = time.monotonic() - began
-    if done.returncode:
+    if done.returncode or "@@ end\n" not in text:
         return f"exit code {done.returncode} after {text.rpartition('@@ ')[2][-3000:]}", seconds
     return "".join(f"not said: {line}\n" for line in _unsaid(some, text)), seconds
 
