@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test browser clients openapi bench-data prove-data bench-train prove-train bench-backdoor bench-detection prove-trust bench-serve prove-server claims locks prove-containers bench docs format clean
+.PHONY: help setup demo test browser clients openapi bench-data prove-data bench-train prove-train bench-backdoor bench-detection prove-trust bench-serve prove-server prove-docs claims locks prove-containers bench docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -34,8 +34,9 @@ $(STAMP): pyproject.toml
 	$(call step,install,$(INSTALL))
 	@touch $@
 
-demo: setup  ## fetch real data, train from scratch, evaluate, report, serve, ask the server (<= 12 minutes)
-	$(call step,demo,$(BIN)/vlp demo --run-dir runs/demo)
+DEMO ?=
+demo: setup  ## fetch real data, train from scratch, evaluate, report, serve, ask (<= 12 minutes; DEMO=run.steps=100: less)
+	$(call step,demo,$(BIN)/vlp demo --run-dir runs/demo $(DEMO))
 
 test: setup clients browser  ## everything CI runs: format, lint, types, quick tests, wheel, wheel smoke
 	$(call step,format,$(BIN)/ruff format --check .)
@@ -140,6 +141,9 @@ prove-server: $(FUZZ_STAMP)  ## the slow proofs of the server: fuzzing, hostile 
 TRUST ?= --help
 prove-trust: setup  ## proofs with a model of one's own that has a backdoor (TRUST="dirty BUNDLE TRUTH DATA", natural, http)
 	$(call step,proofs,$(BIN)/python tests/benchmarks/prove_trust.py $(TRUST))
+
+prove-docs: setup  ## every command block of the README, typed in a copy of this checkout (about 20 minutes; ONLY=Train,Serve)
+	$(call step,README,$(BIN)/python tests/benchmarks/prove_docs.py --only "$(ONLY)")
 
 prove-containers: setup  ## images built without an engine, run as nobody; a cluster that loses a host (as root; 15 minutes)
 	$(call step,tools,command -v debootstrap ip nsenter > /dev/null || apt-get install -y -qq debootstrap iproute2 util-linux)

@@ -3,25 +3,20 @@
 import json
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from click.testing import CliRunner
 
-import vlp.objectives
 from data_pipelines.errors import ConfigError
 from vlp.claims import Claim, checks, claim_names, data, engine, load_claim, parse_claim, results
 from vlp.cli import cli
-from vlp.models import instantiate
 from vlp.objectives import base
 from vlp.recipe import Recipe, apply_override, dump, load_recipe, recipe_names
-from vlp.testing import MICRO, full_batch, network_input
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -350,29 +345,6 @@ def test_commands_print_the_tables() -> None:
         assert done.output.strip() == expected
     listed = json.loads(CliRunner().invoke(cli, ["claims", "ls", "--json"]).stdout)["claims"]
     assert listed["clip"]["objective"] == "clip"
-
-
-def test_the_method_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten lines after the imports, as promised; the loss is that of pictures to texts."""
-    text = (ROOT / "README.md").read_text().partition("### Add a method")[2].partition("A recipe beside it")[0]
-    source = "".join(f"{line[4:]}\n" for line in text.splitlines() if line.startswith("    "))
-    lines = [line for line in source.splitlines()[1:] if not line.startswith(("from", "import"))]
-    assert len(lines) == 10
-    (tmp_path / "mine.py").write_text(source)
-    monkeypatch.setattr(vlp.objectives, "__path__", [*vlp.objectives.__path__, str(tmp_path)])
-    try:
-        assert "mine" in base.names()
-        module, config = base.load({"name": "mine", "smoothing": 0.0})
-        torch.manual_seed(0)
-        model = instantiate(MICRO)
-        objective = module.build(config, base.Dims(16, 2.0))
-        features = objective.encode(model, *network_input(full_batch()))
-        output = objective(features, torch.tensor(10.0))
-        clip, options = base.load({"name": "clip"})
-        expected = clip.build(options, base.Dims(16, 2.0))(features, torch.tensor(10.0))
-        assert torch.equal(output.loss, expected.parts["image_to_text"])
-    finally:
-        sys.modules.pop("vlp.objectives.mine", None)
 
 
 def test_base_recipes_read_no_test_split_for_training() -> None:
