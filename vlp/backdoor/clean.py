@@ -37,7 +37,7 @@ METHODS: dict[str, Settings] = {
     "distill": {
         "model": {"lock_text": True},
         "objective": {"name": "distill", "weight": TAUGHT, "student_sees": "second"},
-        "data": {"views": 2, "strong": {"overlay": 0.5, "patch": 0.2, "warp": 0.05}},
+        "data": {"views": 2, "strong": {"overlay": 0.4, "patch": 0.5, "warp": 0.05}},
     },
     "unlearn": {"objective": {"name": "unlearn"}},
     "supervised": {
