@@ -23,6 +23,10 @@ class Figure:
     goal: str
     met: bool
     note: str
+    promise: str = ""
+    """With `case` and `cell`: its line in a grid with a column per case, where what `cell` says belongs."""
+    case: str = ""
+    cell: str = ""
 
 
 Of = Callable[[str, str], list[float]]
@@ -36,7 +40,7 @@ def rows_of(
     rows: list[Figure] = []
     by_trigger: dict[str, Of] = {}
     for trigger in triggers:
-        parts = ("found", "arms", "audit", "flags")
+        parts = ("found", "arms", "flags")
         known = [n for n in range(seeds) if all(f"{bench}/{n}/{trigger}/{part}" in results for part in parts)]
         if not known:
             continue
@@ -48,7 +52,8 @@ def rows_of(
         count = "" if len(known) == seeds else f"{len(known)} of {seeds} seeds; "
         found = [_attack(bench, trigger, of), *_scan(bench, trigger, of)]
         found += [_cleaned(bench, trigger, method, of) for method in methods]
-        rows += [replace(row, note=count + row.note) for row in (*found, _guard(bench, trigger, of))]
+        case = trigger + (f", {len(known)} of {seeds} seeds" if count else "")
+        rows += [replace(row, note=count + row.note, case=case) for row in (*found, _guard(bench, trigger, of))]
     rows += _flagged(bench, seeds, results)
     if by_trigger:
         rows.append(_best(bench, len(triggers), methods, by_trigger))
@@ -69,7 +74,11 @@ def _attack(bench: str, trigger: str, of: Of) -> Figure:
         f"twin's; under the trigger {shares(of('arms', 'poisoned/triggered_accuracy'))}"
     )
     met = min(asr) >= least and max(lost) <= 0.01
-    return Figure(f"{bench}: {trigger} works (ASR)", shares(asr), f">= {least:.0%}, accuracy - 1 point", met, note)
+    return Figure(
+        f"{bench}: {trigger} works (ASR)", shares(asr), f">= {least:.0%}, accuracy - 1 point", met, note,
+        "attack: ASR / clean twin's ASR / points of clean accuracy below the twin's",
+        cell=cells(asr, of("arms", "control/asr"), lost),
+    )  # fmt: skip
 
 
 def _scan(bench: str, trigger: str, of: Of) -> list[Figure]:
@@ -88,6 +97,7 @@ def _scan(bench: str, trigger: str, of: Of) -> list[Figure]:
             f"{bench}: trained without what the scan removed, {trigger} (ASR)", shares(asr),
             "control + 3 points, accuracy - 1", max(over) <= 0.03 and max(lost) <= 0.01,
             f"clean twin {shares(control)}; clean accuracy {points(lost)} below the twin's",
+            "trained anew without them: ASR / points of clean accuracy below the twin's", cell=cells(asr, lost),
         ),
     ]  # fmt: skip
 
@@ -99,7 +109,10 @@ def _cleaned(bench: str, trigger: str, method: str, of: Of) -> Figure:
     goal = "control of the next rows" if method == "finetune" else f"<= {limit:.0%}, accuracy - 1 point"
     met = method == "finetune" or (max(asr) <= limit and max(lost) <= 0.01)
     note = f"before {shares(of('arms', 'poisoned/asr'))}; clean accuracy {points(lost)} below the poisoned model's"
-    return Figure(f"{bench}: {method} against {trigger} (ASR)", shares(asr), goal, met, note)
+    return Figure(
+        f"{bench}: {method} against {trigger} (ASR)", shares(asr), goal, met, note,
+        f"cleaned by {method}: ASR / points of clean accuracy lost", cell=cells(asr, lost),
+    )  # fmt: skip
 
 
 def _best(bench: str, triggers: int, methods: Sequence[str], by_trigger: Mapping[str, Of]) -> Figure:
@@ -161,7 +174,15 @@ def _guard(bench: str, trigger: str, of: Of) -> Figure:
     hits, false = of("flags", "true_positive_rate"), of("flags", "false_positive_rate")
     goal = FOUND.get(trigger, 0.7)
     note = f"clean pictures flagged {shares(false, 2)}, threshold set for 1 %"
-    return Figure(f"{bench}: {trigger} that the guard flags", shares(hits), f">= {goal:.0%}", min(hits) >= goal, note)
+    return Figure(
+        f"{bench}: {trigger} that the guard flags", shares(hits), f">= {goal:.0%}", min(hits) >= goal, note,
+        "guard: share flagged of triggered / of clean pictures", cell=cells(hits, false),
+    )  # fmt: skip
+
+
+def cells(*values: Sequence[float]) -> str:
+    """Mean and deviation of each, in per cent or points."""
+    return " / ".join(_told(some, 1, 100) for some in values)
 
 
 def shares(values: Sequence[float], digits: int = 1) -> str:

@@ -149,12 +149,28 @@ def _measured(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def _table_of_figures(data: dict[str, Any]) -> str:
-    lines = ["| promise | mean ± deviation over seeds | goal, of every seed | |", "|---|---|---|---|"]
+    lines = _grid([row for row in data["rows"] if row.get("case")])
+    lines += ["| promise | mean ± deviation over seeds | goal, of every seed | |", "|---|---|---|---|"]
     lines += [
         f"| {row['name']}; {row['note']} | **{row['value']}** | {row['goal']} | {'met' if row['met'] else 'not met'} |"
         for row in data["rows"]
+        if not row.get("case")
     ]
     return "\n".join([*lines, "", _measured(data["rows"])])
+
+
+def _grid(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line per promise and a column per case; what misses the goal, of which the mildest is told, has a cross."""
+    if not rows:
+        return []
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    lines = [f"| | {' | '.join(cases)} | goal |", f"|---|{'---|' * len(cases)}---|"]
+    for promise in dict.fromkeys(row["promise"] for row in rows):
+        found = {row["case"]: row for row in rows if row["promise"] == promise}
+        goals = list(dict.fromkeys(row["goal"] for row in found.values()))
+        said = [f"{row['cell']}{'' if row['met'] else ' ✗'}" for row in (found[case] for case in cases)]
+        lines.append(f"| {promise} | {' | '.join(said)} | {' or '.join(goals)} |")
+    return [*lines, ""]
 
 
 def _table_of_proofs(data: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from backdoor_rows import rows_of
 from bench_backdoor import AUDITED, FASHION, TRIGGERS, further, stages_of
+from bench_kit import table, write
 from measure_scan import auroc
 from stages import Runner, Stage
 
@@ -58,7 +59,7 @@ def test_a_stopped_bench_goes_on_and_a_changed_stage_is_run_again(
     assert runner(Stage("a", "runs ls x"), third).open() == ["a", "c"]
 
 
-def test_rows_by_hand() -> None:
+def test_rows_by_hand(tmp_path: Path) -> None:
     """One of two seeds known for all triggers but one, which is not known at all."""
     results: dict[str, dict[str, Any]] = {}
     for trigger in TRIGGERS[:-1]:
@@ -97,6 +98,12 @@ def test_rows_by_hand() -> None:
     assert audit.note == "2 clean, 5 poisoned; wrong: wanet 0, twin 5; 2.0 min at most"
     assert rows["fashion: wanet that the guard flags"].met
     assert not rows["fashion: badnet that the guard flags"].met
+    lines = table(write("backdoor", list(rows.values()), tmp_path)).splitlines()
+    assert lines[0].startswith("| | badnet, 1 of 2 seeds | blended, 1 of 2 seeds |")
+    assert "| cleaned by unlearn: ASR / points of clean accuracy lost | 5.0 / 0.0 |" in "\n".join(lines)
+    (guard,) = (line for line in lines if line.startswith("| guard"))
+    assert guard.endswith("| 80.0 / 1.0 ✗ | 80.0 / 1.0 ✗ | 80.0 / 1.0 ✗ | 80.0 / 1.0 | 80.0 / 1.0 | >= 90% or >= 70% |")
+    assert len([line for line in lines if line.startswith("| fashion")]) == 3
 
 
 def test_auroc_counts_ties_half() -> None:
