@@ -19,8 +19,8 @@ from stages import Stage, asked
 TRIGGERS = ("badnet", "blended", "stripes", "wanet", "sig", "label-consistent")
 TARGETS = ("bag", "trouser", "sandal")
 """Of the seeds in turn."""
-METHODS = {"finetune": "--steps 1200", "cleanclip": "", "distill": ""}
-"""Ways of cleaning. Plain fine-tuning, the control, takes twice the steps of the longest of the others."""
+METHODS = {"finetune": "--steps 1200", "cleanclip": "", "unlearn": ""}
+"""Ways of cleaning. Plain fine-tuning, the control, takes more than twice the steps of the others."""
 REMOVED = 0.05
 AUDITED = 10
 """Clean models that are audited: twins, references, further twins."""

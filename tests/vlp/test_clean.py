@@ -45,7 +45,7 @@ def test_a_method_has_its_own_length_where_none_is_given() -> None:
     assert Options("finetune").length() == (300, 1e-3)
     assert Options("distill", lr=1e-4).length() == (600, 1e-4)
     assert Options("unlearn").told() == {
-        "method": "unlearn", "steps": 300, "lr": 5e-4, "batch_size": 128, "seed": 0, "device": "auto"
+        "method": "unlearn", "steps": 600, "lr": 6e-4, "batch_size": 128, "seed": 0, "device": "auto"
     }  # fmt: skip
 
 

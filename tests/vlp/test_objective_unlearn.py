@@ -8,9 +8,11 @@ from torch import Tensor
 
 from data_pipelines.errors import ConfigError
 from data_pipelines.preprocess import ImageConfig
+from vlp.models import instantiate
 from vlp.objectives import base, unlearn
 from vlp.objectives.base import Dims, Features
 from vlp.objectives.unlearn import Changes, Config
+from vlp.testing import MICRO, attached
 
 KEYS = tuple(map(str, range(24)))
 IMAGE = ImageConfig(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -108,6 +110,19 @@ def test_the_loss_by_hand() -> None:
     found = module(Features(eye, eye, extra={"changed": eye.flip(0)}), torch.tensor(1.0))
     assert found.loss.item() == pytest.approx(0.313262 + 2 * 1.313262, abs=1e-5)
     assert found.parts["changed"].item() == pytest.approx(1.313262, abs=1e-5)
+
+
+def test_a_teacher_answers_for_the_picture_as_it_is() -> None:
+    """As above, and a teacher at scale 1 that has 0.731059 and 0.268941 for right and wrong. Its term is
+    0.731059 * 0.313262 + 0.268941 * 1.313262 = 0.582203 for the pair, 1.044320 for the changed pictures:
+    0.313262 + 0.5 * 0.582203 + 2 * (1.313262 + 0.5 * 1.044320) = 4.275207."""
+    model: Any = instantiate(MICRO)
+    with torch.no_grad():
+        model.logit_scale.zero_()
+    module = attached(unlearn.build(Config(weight=2.0, taught=0.5), Dims(2, 0.0)), model)
+    eye = torch.eye(2)
+    features = Features(eye, eye, extra={"changed": eye.flip(0), "teacher_image": eye, "teacher_text": eye})
+    assert module(features, torch.tensor(1.0)).loss.item() == pytest.approx(4.275207, abs=1e-5)
 
 
 def test_changes_begin_anew_alike_everywhere() -> None:

@@ -165,9 +165,9 @@ def scan(
 
 \b
   cleanclip   CLIP, and each modality with augmented copies of its own (Bansal et al. 2023)
-  distill     a fresh picture tower learns what BUNDLE makes of the trusted pictures, for the same texts
-  unlearn     CLIP, also on pictures with changes that are sought while it learns, the same for all pictures, that
-              mislead it most (after Zeng et al. 2022)
+  distill     pictures under random textures, patches and warps are to be taken for what BUNDLE takes them for without
+  unlearn     that, and the same under patches that are sought while it learns, alike in all pictures, that mislead it
+              most (after Zeng et al. 2022)
   augmented   CLIP on strongly augmented pictures
   supervised  pictures to the names of their labels, the text tower still
   finetune    plain CLIP: what a method has to beat
@@ -187,9 +187,9 @@ Example:
 @click.option("--out", type=FOLDER, required=True, help="Folder of the run that cleans.")
 @click.option("--method", default="cleanclip", show_default=True, help="See below.")
 @click.option("--val", type=FOLDER, help="Other, labelled shards: accuracy before and after.")
-@click.option("--steps", type=click.IntRange(1), help="[default: 300; distill 1200]")
+@click.option("--steps", type=click.IntRange(1), help="[default: 300; distill, unlearn 600]")
 @click.option(
-    "--lr", type=click.FloatRange(0, min_open=True), help="Learning rate.  [default: 1e-3; distill 2e-3, unlearn 5e-4]"
+    "--lr", type=click.FloatRange(0, min_open=True), help="Learning rate.  [default: 1e-3; distill 5e-4, unlearn 6e-4]"
 )
 @click.option("--batch-size", default=128, show_default=True)
 @click.option("--seed", default=0, show_default=True)

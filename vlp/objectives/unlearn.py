@@ -1,6 +1,6 @@
 """Unlearning of triggers that are not known: the model against changes that mislead it, the same for all pictures.
 
-    L = contrast * L_clip(I, T) + weight * L_clip(change(I), T)
+    L = L_pair(I, T) + weight * L_pair(change(I), T),   L_pair = L_clip + taught * L_distill
 
 The changes are learned beside the model, against it: their gradient is reversed, so that they seek what misleads most,
 and the model to see through it (after I-BAU, Zeng et al. 2022, arXiv 2110.03735, with one step of each in turn, and for
@@ -27,11 +27,11 @@ from vlp.objectives.base import (
     Encoder,
     Features,
     LossOutput,
-    encode_pairs,
     refuse_idle,
 )
 from vlp.objectives.clip import Config as ClipConfig
-from vlp.objectives.clip import clip_loss
+from vlp.objectives.distill import Config as DistillConfig
+from vlp.objectives.distill import Distill
 from vlp.objectives.pair_gate import draws
 
 NEEDS: tuple[str, ...] = ("pixels", "tokens")
@@ -54,6 +54,11 @@ class Config(StrictModel):
     """Options of both contrasts."""
     weight: float = Field(1.0, ge=0)
     """Of the changed pictures; 0 = off."""
+    taught: float = Field(0.0, ge=0)
+    """Weight of a teacher, the model this run starts from: its answers to the picture as it is are what the model is to
+    give to the changed one too, see the objective distill; 0 = off."""
+    student_sees: Literal["first", "second"] = "first"
+    """View that the model gets beside, of `data.views`; the teacher gets the first, and changes are made to it."""
     changes: tuple[Change, ...] = Field(("overlay", "patch", "warp"), min_length=1)
     """Kinds that are sought."""
     each: int = Field(1, ge=1)
@@ -168,13 +173,19 @@ def warped(unit_BCHW: Tensor, shift_B2GG: Tensor) -> Tensor:
 
 
 class Unlearn(nn.Module):
-    """Holds the changes."""
+    """Holds the changes, and the teacher."""
 
     def __init__(self, config: Config, dims: Dims) -> None:
         super().__init__()
         self.config = config
+        how = DistillConfig(weight=config.taught, student_sees=config.student_sees, clip=config.clip)
+        self.pairs = Distill(how, dims)
         if config.weight:
             self.changes = Changes(config, dims)
+
+    def attach(self, model: nn.Module) -> None:
+        """Keep the model as it is now, for a teacher."""
+        self.pairs.attach(model)
 
     def after_step(self, model: nn.Module) -> None:
         """Count the update; begin anew where it is time."""
@@ -184,22 +195,21 @@ class Unlearn(nn.Module):
                 self.changes.begin()
 
     def encode(self, model: Encoder, pixels_BCHW: Tensor, batch: Batch) -> Features:
-        """Both towers on the pair, and the changed pictures."""
-        features = encode_pairs(model, pixels_BCHW, batch, self.config.clip.mask, "unlearn")
+        """Both towers on the pair, the teacher's too if there is one, and the changed pictures."""
+        features = self.pairs.encode(model, pixels_BCHW, batch)
         if not self.config.weight:
             return features
         changed_BD = model.encode_image(self.changes(pixels_BCHW, batch.keys), normalize=True)
-        return replace(features, extra={"changed": changed_BD})
+        return replace(features, extra={**features.extra, "changed": changed_BD})
 
     def forward(self, features: Features, logit_scale: Tensor) -> LossOutput:
         """The loss over the batch of all ranks."""
-        config = self.config
-        loss, forward, backward = clip_loss(features, logit_scale, config.clip)
-        parts = {"image_to_text": forward.detach(), "text_to_image": backward.detach()}
-        if config.weight:
-            misled, _, _ = clip_loss(replace(features, image_BD=features.extra["changed"]), logit_scale, config.clip)
-            loss, parts["changed"] = loss + config.weight * misled, misled.detach()
-        return LossOutput(loss, parts)
+        plain: LossOutput = self.pairs(features, logit_scale)
+        if not self.config.weight:
+            return plain
+        changed: LossOutput = self.pairs(replace(features, image_BD=features.extra["changed"]), logit_scale)
+        parts = {**plain.parts, "changed": changed.loss.detach()}
+        return LossOutput(plain.loss + self.config.weight * changed.loss, parts)
 
 
 def build(config: Config, dims: Dims) -> Unlearn:
