@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipelines.errors import ConfigError, PipelineError
@@ -133,7 +134,8 @@ def show(out: Path | str, key: str) -> tuple[dict[str, Any], str, bytes]:
         if (wanted_split and split != wanted_split) or not bare.startswith(name):
             continue
         content = io.BytesIO(store.read(join(split, f"{name}.parquet")))
-        rows = pq.read_table(content, filters=[("key", "=", bare)]).to_pylist()
+        # not read_table with a filter: threads of its scanner may outlive it and abort the process at its exit
+        rows = pq.ParquetFile(content).read().filter(pc.field("key") == bare).to_pylist()
         if rows:
             place, extension, image = _image(store, split, name, bare)
             return rows[0] | {"split": split, "shard": join(split, f"{name}.tar"), **place}, extension, image
