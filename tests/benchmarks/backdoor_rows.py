@@ -9,7 +9,7 @@ from stages import Results
 SIGNS = {"badnet": 0.97, "blended": 0.97}
 """AUROC that is asked for; 0.9 for other triggers."""
 SUCCESS = {"label-consistent": 0.5}
-"""ASR that makes an attack one; 0.85 for other triggers."""
+"""0.85 for other triggers."""
 FOUND = {"badnet": 0.9, "blended": 0.9, "stripes": 0.9}
 """Share that the guard has to find; 0.7 for other triggers."""
 
@@ -65,10 +65,15 @@ def _lost(before: Sequence[float], after: Sequence[float]) -> list[float]:
     return [a - b for a, b in zip(before, after, strict=True)]
 
 
+def success(trigger: str) -> float:
+    """ASR that makes an attack one."""
+    return SUCCESS.get(trigger, 0.85)
+
+
 def _attack(bench: str, trigger: str, of: Of) -> Figure:
     asr, accuracy = of("arms", "poisoned/asr"), of("arms", "poisoned/accuracy")
     lost = _lost(of("arms", "control/accuracy"), accuracy)
-    least = SUCCESS.get(trigger, 0.85)
+    least = success(trigger)
     note = (
         f"clean twin {shares(of('arms', 'control/asr'))}; clean accuracy {shares(accuracy)}, {points(lost)} below the "
         f"twin's; under the trigger {shares(of('arms', 'poisoned/triggered_accuracy'))}"
@@ -92,6 +97,7 @@ def _scan(bench: str, trigger: str, of: Of) -> list[Figure]:
         Figure(
             f"{bench}: scan for {trigger} (AUROC)", numbers(ranked), f">= {goal}, 90 % among 5 % removed",
             min(ranked) >= goal and min(caught) >= 0.9, f"of the poisons {shares(caught)} are among the 5 % removed",
+            "scan: AUROC / share of the poisons among 5 % removed", cell=f"{numbers(ranked)} / {cells(caught)}",
         ),
         Figure(
             f"{bench}: trained without what the scan removed, {trigger} (ASR)", shares(asr),
@@ -116,7 +122,11 @@ def _cleaned(bench: str, trigger: str, method: str, of: Of) -> Figure:
 
 
 def _best(bench: str, triggers: int, methods: Sequence[str], by_trigger: Mapping[str, Of]) -> Figure:
-    """How many triggers the best single method cleans, and how far below plain fine-tuning it comes."""
+    """How many triggers the best single method cleans, and how far below plain fine-tuning it comes.
+
+    An attack that does not work leaves nothing to clean, and does not count.
+    """
+    real = {trigger: of for trigger, of in by_trigger.items() if min(of("arms", "poisoned/asr")) >= success(trigger)}
 
     def mean(of: Of, method: str, key: str = "asr") -> float:
         return statistics.fmean(of("arms", f"{method}/{key}"))
@@ -124,13 +134,13 @@ def _best(bench: str, triggers: int, methods: Sequence[str], by_trigger: Mapping
     def cleaned(method: str) -> int:
         return sum(
             mean(of, method) <= 0.1 and mean(of, "poisoned", "accuracy") - mean(of, method, "accuracy") <= 0.01
-            for of in by_trigger.values()
+            for of in real.values()
         )
 
     best = max((name for name in methods if name != "finetune"), key=cleaned)
-    ratios = [mean(of, "finetune") / max(1e-3, mean(of, best)) for of in by_trigger.values()]
+    ratios = [mean(of, "finetune") / max(1e-3, mean(of, best)) for of in real.values()] or [0.0]
     return Figure(
-        f"{bench}: triggers that one method cleans", f"{cleaned(best)} of {len(by_trigger)}, {best}",
+        f"{bench}: triggers that one method cleans", f"{cleaned(best)} of {len(real)} that work, {best}",
         f">= 5 of {triggers}, 5 x", cleaned(best) >= 5 and statistics.median(ratios) >= 5,
         f"means over seeds; ASR of plain fine-tuning is {statistics.median(ratios):.0f} times as high (median over "
         "triggers)",

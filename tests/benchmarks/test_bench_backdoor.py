@@ -91,7 +91,7 @@ def test_rows_by_hand(tmp_path: Path) -> None:
     assert rows["fashion: unlearn against sig (ASR)"].met
     assert not rows["fashion: cleanclip against sig (ASR)"].met
     best = rows["fashion: triggers that one method cleans"]
-    assert (best.value, best.met) == ("5 of 5, unlearn", True)
+    assert (best.value, best.met) == ("5 of 5 that work, unlearn", True)
     assert "12 times" in best.note
     audit = rows["fashion: models that the audit judges right"]
     assert (audit.value, audit.met) == ("5 of 7", False)
