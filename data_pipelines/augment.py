@@ -141,7 +141,7 @@ def traced(
     if config.geometric:
         matrix_B23 = _matrix(config, draws[:, :7], _window(config.crop, more[:, :4]))
         height, width = picture.shape[-2:]
-        bent = bend(height, width, config.warp, generator, total, list(rows)) if config.warp else None
+        bent = bend(height, width, config.warp, generator, total, rows) if config.warp else None
         picture = _affine(picture, matrix_B23, bent)
     if config.colour:
         picture = _colour(picture, config, draws[:, 7:12])
@@ -151,7 +151,7 @@ def traced(
         picture = picture * _kept(draws[:, 12:16], config.erase, picture.shape[-2:])
     result = config.ground - picture
     if config.textures:
-        result = textured(result, config.overlay, config.patch, generator, total, list(rows))
+        result = textured(result, config.overlay, config.patch, generator, total, rows)
     result = result if pixels_BCHW.is_floating_point() else result.round_().clamp_(0, 255).to(torch.uint8)
     return result, matrix_B23
 

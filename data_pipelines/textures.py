@@ -6,6 +6,8 @@ fills a rectangle. A warp moves the points of a coarse grid, and what lies betwe
 Suffixes: B samples of this rank, C channels, H height, W width, G points across a texture.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,13 +25,13 @@ COLUMNS = 13
 """Uniform numbers per sample, beside those of the grids."""
 
 
-def drawn(generator: np.random.Generator, total: int, rows: list[int], points: int) -> Tensor:
+def drawn(generator: np.random.Generator, total: int, rows: Sequence[int], points: int) -> Tensor:
     """B x points uniform numbers: the rows of this rank out of those of the global batch."""
-    return torch.from_numpy(generator.random((total, points), dtype=np.float32)[rows])
+    return torch.from_numpy(generator.random((total, points), dtype=np.float32)[list(rows)])
 
 
 def textured(
-    pixels_BCHW: Tensor, overlay: float, patch: float, generator: np.random.Generator, total: int, rows: list[int]
+    pixels_BCHW: Tensor, overlay: float, patch: float, generator: np.random.Generator, total: int, rows: Sequence[int]
 ) -> Tensor:
     """Grey levels 0 to 255, float32, anew: textures over a share `overlay` of the pictures, inside `patch` of them."""
     draws, noise = drawn(generator, total, rows, COLUMNS), drawn(generator, total, rows, GRID * GRID)
@@ -44,12 +46,13 @@ def textured(
     return pixels_BCHW + share * (255.0 * texture_BCHW - pixels_BCHW)
 
 
-def bend(height: int, width: int, most: float, generator: np.random.Generator, total: int, rows: list[int]) -> Tensor:
-    """BHW2: by how much to move places of -1 to 1, across and down: half of the pictures, by up to `most` of a side."""
+def bend(
+    height: int, width: int, most: float, generator: np.random.Generator, total: int, rows: Sequence[int]
+) -> Tensor:
+    """BHW2: by how much to move places of -1 to 1 right and down: half of the pictures, by up to `most` in the mean."""
     draws = drawn(generator, total, rows, 1 + 2 * BENDS * BENDS)
-    points = (2.0 * draws[:, 1:] - 1.0).view(-1, 2, BENDS, BENDS) * (
-        4.0 * most * (2.0 * draws[:, :1, None, None] - 1.0).clamp(min=0.0)
-    )
+    amount_B111 = 4.0 * most * (2.0 * draws[:, :1, None, None] - 1.0).clamp(min=0.0)  # a picture is 2 wide there
+    points = amount_B111 * (2.0 * draws[:, 1:] - 1.0).view(-1, 2, BENDS, BENDS)
     return F.interpolate(points, (height, width), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
 
 

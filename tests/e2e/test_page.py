@@ -293,11 +293,7 @@ def test_results_show_the_servers_thumbnails_as_they_come_into_sight(browser: An
     points.append({"id": 99, "text": "red circle", "payload": {"caption": "a text without a picture"}})
     site.ask(f"/v1/collections/{name}/points", {"points": points})
     browser.window(1200, 900, dark=dark)
-    browser.open(f"{site.url}/#search?c={name}&q=red+circle&size=48")
-    browser.wait("!document.querySelector('#key-form').hidden || document.querySelectorAll('.hit').length > 0")
-    if browser.js("!document.querySelector('#key-form').hidden"):
-        browser.write("#key", site.key)
-        browser.press("Enter")
+    visit(browser, site, f"search?c={name}&q=red+circle&size=48")
     browser.wait("document.querySelectorAll('.hit').length === 32")
     browser.wait("[...document.querySelectorAll('.hit img')].some((i) => i.complete && i.naturalWidth === 64)")
     assert titles(browser)[0] == "a text without a picture"

@@ -55,8 +55,7 @@ METHODS: dict[str, Settings] = {
 augmented: plain CLIP on strongly changed pictures. supervised: pictures to the names of their labels, text tower still.
 distill: pictures under random textures, patches and warps are to be taken for what the model, as it was, takes them for
 without (a teacher on trusted pictures, after Yoshida and Fujinoki 2020, AISec): what is painted on a picture, a trigger
-too, no longer matters. unlearn: that, and the same under the patches that mislead the model most, sought as
-it learns.
+too, no longer matters. unlearn: that, and the same under the patches that mislead the model most, sought as it learns.
 """
 LENGTH: dict[str, tuple[int, float]] = {"distill": (600, 5e-4), "unlearn": (600, 6e-4)}
 """Method -> steps and rate where they are not given; others 300 and 1e-3. Chosen by clean accuracy alone."""
