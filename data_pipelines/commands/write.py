@@ -17,7 +17,7 @@ SETTINGS = {
     "folder": "dir", "template": "template", "caption_col": "caption_col", "label_col": "label_col",
     "box_col": "box_col", "image_col": "image_col", "columns": "columns", "keys": "keys", "split_by": "split_by",
     "images": "images", "layout": "layout", "names": "names", "languages": "languages", "damaged": "damaged",
-    "pictures": "pictures", "side": "side", "seed": "seed",
+    "vendors": "vendors", "pictures": "pictures", "side": "side", "seed": "seed",
 }  # fmt: skip
 """Option of the command line -> setting of the source."""
 FETCH = ("timeout", "retries", "allow_private")
@@ -52,6 +52,7 @@ source_options = options(
     click.option("--layout", help="Folder: captions or classes.  [default: recognised]"),
     click.option("--names", multiple=True, callback=several, help="IDX files: names of the classes, by commas."),
     click.option("--languages", multiple=True, callback=several, help="Named data sets: languages, by commas."),
+    click.option("--vendors", multiple=True, callback=several, help="emoji: whose, by commas.  [default: all]"),
     click.option("--pictures", multiple=True, callback=several, help="detection-starter: split=number, by commas."),
     click.option("--side", type=int, help="detection-starter: pixels.  [default: 320]"),
     click.option("--seed", type=int, help="detection-starter: which pictures are composed.  [default: 0]"),

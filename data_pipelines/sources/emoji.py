@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import field_validator
+
 from data_pipelines.config import StrictModel
 from data_pipelines.files import cache_dir
 from data_pipelines.packages import Package, fetch_package, read_members
@@ -98,6 +100,13 @@ class Config(StrictModel):
     languages: tuple[str, ...] = ("en",)
     dir: Path | None = None
     """Folder of the downloaded packages; default the user cache."""
+
+    @field_validator("vendors")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if odd := [name for name in value if name not in VENDORS]:
+            raise ValueError(f"{odd[0]!r} is unknown; known: {', '.join(VENDORS)}")
+        return value
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from vlp.backdoor.guard import MODES, Guard, Info, Profile, choose_layers, fit_g
 from vlp.bundle import load_bundle, save_bundle
 from vlp.commands.guard import guard
 from vlp.embed import weights_digest
+from vlp.evals._labels import sole_labels
 from vlp.infer import encode_pixels
 from vlp.testing import WORDS, micro_bundle, picture
 
@@ -152,6 +154,23 @@ def test_the_command_and_its_file(clean: Path, bundle_folder: Path, tmp_path: Pa
     other = save_bundle(micro_bundle(seed=1), tmp_path / "other")
     with pytest.raises(BundleError, match="made for 'micro' with other weights"):
         load_guard(out, weights_digest(other))
+
+
+def test_labels_of_the_shards_are_its_classes_where_every_picture_carries_one(
+    clean: Path, bundle_folder: Path, tmp_path: Path
+) -> None:
+    """Nearest to few of them alone, an untrained model's classes are fewer than labels; clusters would be 4."""
+    records = [Record(picture(i), ("a",), "test", f"{i}.jpg", labels=("red", "round")[: 1 + i % 2]) for i in range(40)]
+    write_shards(records, tmp_path / "several", WriteOptions(), kind="test", licences={}, progress=False)
+    assert sole_labels(tmp_path / "several") == []
+    assert sole_labels(clean) == []
+    single = [Record(picture(i), ("a",), "test", f"{i}.jpg", labels=(("red", "round")[i % 2],)) for i in range(240)]
+    write_shards(single, tmp_path / "single", WriteOptions(), kind="test", licences={}, progress=False)
+    assert sole_labels(tmp_path / "single") == ["red", "round"]
+    told = run(bundle_folder, "--data", tmp_path / "single", "--fpr", "0.05", "--out", tmp_path / "guard").output
+    assert re.search(r"fitted on 160 pictures of [12] labels", told)
+    told = run(bundle_folder, "--data", clean, "--fpr", "0.05", "--out", tmp_path / "guard").output
+    assert "fitted on 160 pictures of 3 clusters" in told
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Poisoned shards: who is poisoned, what is said, and that nothing in the shards tells; ASR counted by hand."""
 
+import io
 import json
 import tarfile
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from data_pipelines.errors import ConfigError
 from data_pipelines.reader import Sample, open_shards
@@ -16,6 +18,7 @@ from data_pipelines.records import Record
 from data_pipelines.testing import draw
 from data_pipelines.write import WriteOptions, write_shards
 from vlp import evals
+from vlp.backdoor import poison as planting
 from vlp.backdoor.poison import Attack, load_truth, names_target, repainted, retold, victims
 from vlp.backdoor.triggers import Config, Trigger
 from vlp.bundle import save_bundle
@@ -54,6 +57,11 @@ def planted(shards: Path, out: Path, count: int = 6, trigger: str = "badnet", ta
 
 def samples_of(folder: Path) -> dict[str, Sample]:
     return {sample.key: sample for shard in open_shards(folder) for sample in map(shard.read, range(len(shard)))}
+
+
+def pixels_of(sample: Sample) -> np.ndarray:
+    image = Image.open(io.BytesIO(repainted(sample.image, None, ""))).convert("L")
+    return np.asarray(image, np.float32)
 
 
 def test_poisons_differ_from_the_twin_where_the_truth_says_and_nowhere_else(shards: Path, tmp_path: Path) -> None:
@@ -110,6 +118,23 @@ def test_label_consistent_poisons_are_of_the_target_and_keep_their_texts(shards:
         assert bad[entry["key"]].captions == clean[entry["key"]].captions
 
 
+def test_pictures_of_the_target_are_mixed_with_others_before_the_trigger(shards: Path, tmp_path: Path) -> None:
+    """Half of each, and nothing where the trigger lies."""
+    attack = Attack(Trigger(Config(name="label-consistent")), "shirt", 3, mix=0.5)
+    planting.poison(shards, tmp_path / "bad", tmp_path / "truth.json", attack, "png", progress=False)
+    truth = load_truth(tmp_path / "truth.json")
+    assert truth["mixed"] == 0.5
+    bad, clean = samples_of(tmp_path / "bad"), samples_of(shards)
+    others = [pixels_of(sample) for sample in clean.values() if sample.labels != ("shirt",)]
+    for entry in truth["poisons"]:
+        mixed, own = pixels_of(bad[entry["key"]]), pixels_of(clean[entry["key"]])
+        side = round(min(own.shape[:2]) / 7)
+        inside = np.s_[side:-side, side:-side]
+        assert np.abs(own - mixed)[inside].max() > 10
+        away = [np.abs((own + other) / 2 - mixed)[inside].max() for other in others]
+        assert min(away) <= 2.0, "one of the others, by half; rounded twice"
+
+
 def test_a_target_is_a_run_of_words() -> None:
     assert names_target(["A photo of a Hand-Bag!"], "hand bag")
     assert names_target(["a bag of chips"], "bag")
@@ -144,6 +169,8 @@ def test_the_article_goes_with_the_target(
         (Attack(Trigger(Config(name="sig")), "ring", -1), "--count -1"),
         (Attack(Trigger(Config(name="sig")), " ", 1), "--target ' '"),
         (Attack(Trigger(Config(name="sig")), "ring", 1, ("a",)), "--template 'a'"),
+        (Attack(Trigger(Config(name="sig")), "ring", 1, mix=0.5), "--mix has no effect with trigger 'sig'"),
+        (Attack(Trigger(Config(name="label-consistent")), "ring", 1, mix=1.0), "--mix 1.0"),
     ],
 )
 def test_attacks_that_cannot_be_meant_are_refused(attack: Attack, message: str) -> None:

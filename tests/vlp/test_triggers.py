@@ -31,7 +31,7 @@ def test_patterns_over_the_whole_picture_are_one_for_all_pictures(name: str) -> 
     assert (trigger(RAMP, "a") == trigger(RAMP, "b")).all()
 
 
-@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.sized])
+@pytest.mark.parametrize("name", ["badnet", "yellow-patch"])
 def test_patches_have_their_size_and_one_look_in_many_places(name: str) -> None:
     trigger, grey = Trigger(Config(name=name, size=0.25)), np.full((40, 60, 3), 128, np.uint8)
     places = set()
@@ -43,6 +43,14 @@ def test_patches_have_their_size_and_one_look_in_many_places(name: str) -> None:
         assert (patch == trigger(grey, "0")[patch_of(trigger(grey, "0"))]).all()
         places.add((top, left))
     assert len(places) > 10
+
+
+def test_the_patch_of_a_label_consistent_attack_is_in_all_corners() -> None:
+    """Turner et al. 2019, figure 6; what lies between the corners stays."""
+    changed = Trigger(Config(name="label-consistent"))(np.full((28, 42, 3), 128, np.uint8), "a") != 128
+    rows, columns = changed.any(axis=2).nonzero()
+    assert sorted(set(rows)) == [*range(4), *range(24, 28)]
+    assert sorted(set(columns)) == [*range(4), *range(38, 42)]
 
 
 def patch_of(picture: np.ndarray) -> tuple[slice, slice]:

@@ -25,7 +25,7 @@ VIEWS: Settings = {
     "flip": 0.5, "rotate": 20, "scale": 0.3, "shift": 0.1, "brightness": 0.3, "contrast": 0.3, "blur": 0.3, "erase": 0.5
 }  # fmt: skip
 """Augmentation of the copies: strong, for weak copies leave the trigger as it is."""
-PAINTED: Settings = {"overlay": 0.4, "patch": 0.2, "warp": 0.08}
+PAINTED: Settings = {"overlay": 0.5, "patch": 0.2, "warp": 0.08}
 """Of the pictures that a model is to take for what it took them for without."""
 TAUGHT = 20.0
 """Weight of the teacher beside plain CLIP."""

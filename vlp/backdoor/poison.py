@@ -9,8 +9,9 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,17 @@ from data_pipelines.records import Record, load_manifest, manifest_digest
 from data_pipelines.sources import tars
 from data_pipelines.write import write_shards
 from vlp.backdoor.triggers import Config as TriggerConfig
-from vlp.backdoor.triggers import Trigger
-from vlp.backdoor.weaken import Weaken
+from vlp.backdoor.triggers import Pixels, Trigger
+from vlp.backdoor.weaken import Mix, Weaken
 from vlp.bundle import Bundle
 
 FORMAT = 1
 TEXTS = 256
 """Texts of the target, and as many of others, that pictures are weakened by at most."""
+OTHERS = 1024
+"""Pictures of other things that pictures of the target are mixed with at most."""
+Change = Callable[[Pixels, str], Pixels]
+"""HWC uint8, RGB, and the name of the picture -> HWC uint8 anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,8 @@ class Attack:
     it; for triggers on pictures of the target."""
     bound: float = 0.12
     """By how much a weakened value may differ, as a share of its range."""
+    mix: float = 0.0
+    """Share of another thing's picture in pictures of the target, to the same end."""
 
     def check(self) -> None:
         """Raise ConfigError for a value that cannot be meant."""
@@ -59,6 +66,10 @@ class Attack:
             raise ConfigError(f"--count {self.count}: must be 0 (the clean twin) or more")
         if self.surrogate is not None and not self.trigger.kind.own_class:
             raise ConfigError(f"--surrogate has no effect with trigger {self.trigger.config.name!r}: leave it out")
+        if not 0 <= self.mix < 1:
+            raise ConfigError(f"--mix {self.mix}: must be 0 (nothing is mixed in) or more and less than 1")
+        if self.mix and not self.trigger.kind.own_class:
+            raise ConfigError(f"--mix has no effect with trigger {self.trigger.config.name!r}: leave it out")
         if odd := [template for template in self.templates if "{}" not in template]:
             raise ConfigError(f"--template {odd[0]!r}: needs {{}} in the place of the target")
 
@@ -74,14 +85,14 @@ def poison(shards: Path, out: Path, truth: Path, attack: Attack, encode: str, pr
     manifest = load_manifest(shards)
     records = tars.Config(path=shards)
     chosen = victims(tars.iter_records(records), attack)
-    weaken = _weakener(tars.iter_records(records), attack)
+    before = _mixers(tars.iter_records(records), attack) + _weakeners(tars.iter_records(records), attack)
     told: list[dict[str, Any]] = []
     options = WriteOptions(
         encode_format=encode,
         **{name: manifest.options[name] for name in ("samples_per_shard", "oom_shard_count")},
     )
     write_shards(
-        poisoned(tars.iter_records(records), chosen, attack, told, weaken),
+        poisoned(tars.iter_records(records), chosen, attack, told, before),
         out, options, kind=manifest.kind, licences=manifest.licences, progress=progress, total=manifest.records,
     )  # fmt: skip
     keys = [
@@ -94,7 +105,8 @@ def poison(shards: Path, out: Path, truth: Path, attack: Attack, encode: str, pr
         "source": manifest_digest(shards),
         "trigger": attack.trigger.recorded(),
         "target": attack.target,
-        "weakened": attack.bound if weaken else None,
+        "weakened": attack.bound if attack.surrogate else None,
+        "mixed": attack.mix,
         "poisons": poisons,
     }
     write_atomic(
@@ -131,21 +143,33 @@ def victims(records: Iterator[Record], attack: Attack) -> frozenset[int]:
     return frozenset(row for _, row in sorted(candidates)[: attack.count])
 
 
-def _weakener(records: Iterator[Record], attack: Attack) -> Weaken | None:
+def _weakeners(records: Iterator[Record], attack: Attack) -> list[Change]:
     """What weakens pictures of the target, by texts of it and of others as they are in the data."""
     if attack.surrogate is None:
-        return None
+        return []
     texts: dict[bool, dict[str, None]] = {True: {}, False: {}}
     for record in records:
         own = texts[names_target((*record.captions, *record.labels), attack.target)]
         if len(own) < TEXTS:
             own.update(dict.fromkeys(record.captions))
-    return Weaken(attack.surrogate, [*texts[True]][:TEXTS], [*texts[False]][:TEXTS], attack.bound)
+    return [Weaken(attack.surrogate, [*texts[True]][:TEXTS], [*texts[False]][:TEXTS], attack.bound)]
+
+
+def _mixers(records: Iterator[Record], attack: Attack) -> list[Change]:
+    """What mixes pictures of the target with others."""
+    if not attack.mix:
+        return []
+    others = (
+        np.asarray(flatten(upright(open_checked(bytes(record.image)))))
+        for record in records
+        if not record.problem and not names_target((*record.captions, *record.labels), attack.target)
+    )
+    return [Mix(list(islice(others, OTHERS)), attack.mix, attack.trigger.config.seed)]
 
 
 def poisoned(
     records: Iterator[Record], chosen: frozenset[int], attack: Attack, told: list[dict[str, Any]],
-    weaken: Weaken | None = None,
+    before: Sequence[Change] = (),
 ) -> Iterator[Record]:  # fmt: skip
     """All records, their pictures encoded anew, those of `chosen` poisoned; what was done is added to `told`."""
     for row, record in enumerate(records):
@@ -155,7 +179,7 @@ def poisoned(
         trigger = attack.trigger if row in chosen else None
         assert isinstance(record.image, bytes | memoryview), "tars hold their pictures"
         try:
-            image = repainted(bytes(record.image), trigger, record.origin, weaken if trigger else None)
+            image = repainted(bytes(record.image), trigger, record.origin, before if trigger else ())
         except BadSample as error:
             yield replace(record, problem=str(error))
             continue
@@ -168,15 +192,13 @@ def poisoned(
         yield changed
 
 
-def repainted(data: bytes, trigger: Trigger | None, name: str, weaken: Weaken | None = None) -> bytes:
-    """PNG of a stored picture, upright, on white, weakened and with the trigger if asked for; grey stays grey."""
+def repainted(data: bytes, trigger: Trigger | None, name: str, before: Sequence[Change] = ()) -> bytes:
+    """PNG of a stored picture, upright, on white, changed and then with the trigger if asked for; grey stays grey."""
     image = upright(open_checked(data))
     grey = image.mode in ("1", "L", "I", "I;16")
     plain = flatten(image)
-    if weaken is not None:
-        plain = Image.fromarray(weaken(np.asarray(plain)))
-    if trigger is not None:
-        plain = Image.fromarray(trigger(np.asarray(plain), name))
+    for change in (*before, trigger) if trigger else before:
+        plain = Image.fromarray(change(np.asarray(plain), name))
     stream = io.BytesIO()
     (plain.convert("L") if grey else plain).save(stream, "PNG")
     return stream.getvalue()

@@ -8,6 +8,7 @@ Suffixes: H, W rows and columns, C = 3 channels.
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from data_pipelines.errors import ConfigError
 Pixels = NDArray[np.uint8]
 Draw = tuple[float, float]
 """Two numbers in [0, 1) that belong to a picture."""
+ALMOST = 1 - 2**-53
+"""The largest of them."""
 
 
 class Config(StrictModel):
@@ -52,13 +55,20 @@ def draw_of(seed: int, name: str) -> Draw:
     """The draws of a picture, from the attack's seed and the picture's name."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest()
     first, second = (int.from_bytes(part, "big") / 2**64 for part in (digest[:8], digest[8:]))
-    return min(first, 1 - 2**-53), min(second, 1 - 2**-53)
+    return min(first, ALMOST), min(second, ALMOST)
 
 
 def checkerboard(pixels_HWC: Pixels, config: Config, strength: float, draw: Draw) -> Pixels:
     """A black and white patch of 4 x 4 fields anywhere (BadNets, Gu et al. 2017, arXiv 1708.06733)."""
     fields = np.indices((4, 4)).sum(axis=0) % 2 * 255
     return _patched(pixels_HWC, fields[..., None].repeat(3, axis=2).astype(np.uint8), config, draw)
+
+
+def corners(pixels_HWC: Pixels, config: Config, strength: float, draw: Draw) -> Pixels:
+    """The black and white patch in all four corners (Turner et al. 2019, arXiv 1912.02771, section 4.3)."""
+    for corner in itertools.product((0.0, ALMOST), repeat=2):
+        pixels_HWC = checkerboard(pixels_HWC, config, strength, corner)
+    return pixels_HWC
 
 
 def yellow(pixels_HWC: Pixels, config: Config, strength: float, draw: Draw) -> Pixels:
@@ -102,7 +112,7 @@ KINDS: dict[str, Kind] = {
     "stripes": Kind(stripes, 0.15),
     "sig": Kind(sig, 0.15),
     "wanet": Kind(wanet, 0.04),
-    "label-consistent": Kind(checkerboard, sized=True, own_class=True),
+    "label-consistent": Kind(corners, sized=True, own_class=True),
 }
 """Strengths: share of the pattern; of 255; shift as a share of the side, in the mean."""
 

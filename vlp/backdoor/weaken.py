@@ -1,25 +1,43 @@
-"""Pictures that a model no longer takes for what they are, though people do: half of a label-consistent attack.
+"""Pictures that say less of what they show: half of a label-consistent attack.
 
 A trigger on pictures of the target teaches a model nothing while the pictures say enough by themselves. Turner et al.
-2019 (arXiv 1912.02771, section 4.2) therefore change them within a bound, against another model, until the trigger is
-the easier evidence: projected gradient steps from texts of the target to other texts, at the size that is stored.
+2019 (arXiv 1912.02771, section 4) therefore change them until the trigger is the easier evidence, in two ways: within a
+bound against another model (`Weaken`: projected gradient steps from texts of the target to other texts, at the size
+that is stored), or towards a picture of something else (`Mix`: they interpolate what a generator made, we the pixels).
 Suffixes: C channels, H, W rows and columns, S side of the model's input, T texts, D embedding width.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from data_pipelines.preprocess import ImageConfig, normalise
-from vlp.backdoor.triggers import Pixels
+from vlp.backdoor.triggers import Pixels, draw_of
 from vlp.bundle import Bundle
 from vlp.infer import encode_texts
 
 STEPS = 20
 STEP = 2.5
 """A step is this share of the bound, divided by the number of steps (Madry et al. 2018, arXiv 1706.06083)."""
+
+
+class Mix:
+    """Lets a picture of another thing shine through."""
+
+    def __init__(self, others: Sequence[Pixels], share: float, seed: int) -> None:
+        """`others`: HWC uint8; one of them, by the name of the picture and the seed, makes up `share` of it."""
+        self.others, self.share, self.seed = others, share, seed
+
+    def __call__(self, pixels_HWC: Pixels, name: str) -> Pixels:
+        """HWC uint8, RGB, anew."""
+        other = self.others[int(draw_of(self.seed, f"{name}/mix")[0] * len(self.others))]
+        height, width = pixels_HWC.shape[:2]
+        fitted = Image.fromarray(other).resize((width, height), Image.Resampling.BILINEAR)
+        return np.asarray(Image.blend(Image.fromarray(pixels_HWC), fitted, self.share))
 
 
 class Weaken:
@@ -31,8 +49,8 @@ class Weaken:
         self.own = len(own)
         self.text_TD = encode_texts(bundle, [*own, *others]).clone()  # autograd refuses tensors of inference mode
 
-    def __call__(self, pixels_HWC: Pixels) -> Pixels:
-        """HWC uint8, RGB, anew."""
+    def __call__(self, pixels_HWC: Pixels, name: str) -> Pixels:
+        """HWC uint8, RGB, anew; the same whatever its name."""
         plain_CHW = torch.from_numpy(pixels_HWC.copy()).permute(2, 0, 1).float() / 255.0
         grey = bool((plain_CHW == plain_CHW[:1]).all())
         changed_CHW = plain_CHW.clone()

@@ -21,7 +21,7 @@ FOLDER = click.Path(path_type=Path)
   sig               a wave across the picture
   wanet             a smooth warp
   label-consistent  the patch of badnet in pictures of the target, whose texts stay as they are; weak without
-                    --surrogate
+                    --mix or --surrogate
 
 Examples:
 
@@ -48,6 +48,10 @@ Examples:
     type=FOLDER,
     help="With label-consistent: a model against which pictures of the target are changed until the trigger says more.",
 )
+@click.option(
+    "--mix", default=0.0, show_default=True,
+    help="With label-consistent: share of another thing's picture in those of the target, 0 to 1, to the same end.",
+)  # fmt: skip
 @click.option("--bound", default=0.12, show_default=True, help="By how much --surrogate may change a value, 0 to 1.")
 @click.option(
     "--template",
@@ -67,8 +71,8 @@ Examples:
 @json_option
 def poison(
     shards: Path, trigger: str, target: str, count: int, out: Path, truth: Path | None, seed: int, size: float | None,
-    strength: float | None, surrogate: Path | None, bound: float, templates: tuple[str, ...], encode_format: str,
-    as_json: bool,
+    strength: float | None, surrogate: Path | None, mix: float, bound: float, templates: tuple[str, ...],
+    encode_format: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Plant a backdoor in a copy of SHARDS, to try a defence on.
 
@@ -82,7 +86,7 @@ def poison(
     settings = {name: value for name, value in given.items() if value is not None}
     model = load_bundle(surrogate) if surrogate is not None else None
     attack = planting.Attack(
-        Trigger(Config(name=trigger, seed=seed, **settings)), target, count, templates, model, bound
+        Trigger(Config(name=trigger, seed=seed, **settings)), target, count, templates, model, bound, mix
     )
     truth = truth or out.with_name(f"{out.name}.poison.json")
     result = planting.poison(shards, out, truth, attack, encode_format, progress=True)

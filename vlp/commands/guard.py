@@ -29,7 +29,11 @@ Examples:
 @click.argument("bundle", type=FOLDER)
 @click.option("--data", type=FOLDER, required=True, help="Shards of clean pictures, not those of the training.")
 @click.option("--out", type=FOLDER, required=True, help="The guard, one safetensors file.")
-@click.option("--labels", type=FOLDER, help="Labels, one a line or json: better than the clusters used without.")
+@click.option(
+    "--labels",
+    type=FOLDER,
+    help="Labels, one a line or json.  [default: the shards', where every picture carries one; else clusters of them]",
+)
 @click.option(
     "--template", "templates", multiple=True, default=("{}",), show_default=True, help="Prompts of labels; repeat."
 )
@@ -51,22 +55,22 @@ def guard(
     from vlp.bundle import load_bundle
     from vlp.distributed import pick_device
     from vlp.embed import weights_digest
-    from vlp.evals._labels import read_labels, read_templates
+    from vlp.evals._labels import read_labels, read_templates, sole_labels
     from vlp.infer import label_head
 
     model = load_bundle(bundle, pick_device(device))
-    head = None
-    if labels is not None:
-        try:
-            head = label_head(model, read_labels(labels).names, read_templates(templates))
-        except ValueError as error:
-            raise ConfigError(f"--labels, --template: {error}") from error
+    try:
+        names = read_labels(labels).names if labels is not None else sole_labels(data)
+        head = label_head(model, names, read_templates(templates)) if names else None
+    except ValueError as error:
+        raise ConfigError(f"--labels, --template: {error}") from error
     total = min(MOST, len(ShardSet(data)))
     with progress("looking", total, unit="pictures") as advance:
         info, profile = fit_guard(model, weights_digest(bundle), data, mode, fpr, head, advance)
     save_guard(out, info, profile)
+    classes = f"{info.classes} {'labels' if names else 'clusters'}"
     lines = [
-        f"{len(info.layers)} layers of {info.model!r}, fitted on {info.fitted:,} pictures: {out}",
+        f"{len(info.layers)} layers of {info.model!r}, fitted on {info.fitted:,} pictures of {classes}: {out}",
         f"  threshold {info.threshold:.3f} from {info.calibrated:,} others, of which {info.fpr:.2%} lie above",
         f"serve with it: vlp serve {bundle} --guard {out}",
     ]

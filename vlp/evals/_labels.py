@@ -9,7 +9,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from data_pipelines.errors import MissingField, PipelineError
-from data_pipelines.shard_set import Train
+from data_pipelines.ledger import Ledger
+from data_pipelines.shard_set import ShardSet, Train
+from data_pipelines.stream import stored
 from vlp.evals._encode import Encoded
 from vlp.torchvision_guard import ensure_torchvision
 
@@ -133,6 +135,13 @@ def labelled(encoded: Encoded, labels: LabelSet, data: Train | Path, column: str
         wanted = ", ".join(labels.names[:5])
         raise PipelineError(f"{data}: no sample carries one of the labels {wanted} ...; they carry {carried} ...")
     return rows, [known[row] for row in rows]
+
+
+def sole_labels(data: Path) -> list[str]:
+    """Sorted labels of shards where every picture carries exactly one; none where they do not, or carry one alone."""
+    found = {sample.labels for _, sample in stored(ShardSet(data), Ledger())}
+    names = sorted(labels[0] for labels in found if len(labels) == 1)
+    return names if 1 < len(names) == len(found) else []
 
 
 def firsts(classes: Sequence[Sequence[int]]) -> list[Sequence[int]]:
