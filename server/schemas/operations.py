@@ -8,7 +8,7 @@ from server.schemas import Answer
 class GuardState(Answer):
     """The guard in use, and what it did since the server started."""
 
-    mode: Literal["fast", "thorough"]
+    mode: Literal["fast", "standard", "thorough"]
     fpr: float
     """Share of clean pictures that it flags."""
     threshold: float

@@ -47,6 +47,7 @@ NATURAL = 0.0003
 """Share of a natural cluster: 798 copies of one picture and caption among 2.3 M."""
 TOP = 20
 FILES, AT_ONCE = 1000, 25
+REQUESTS, WARMUP, PARTS = 650, 50, 6
 WIDTH, CENTRES = 512, 20
 FOLDER = click.Path(path_type=Path, exists=True)
 
@@ -97,9 +98,10 @@ def natural_draw(path: Path, bundle: Bundle, data: Path, seed: int) -> int:
 
 
 @contextmanager
-def served(bundle: Path, guard: Path) -> Iterator[str]:
-    """URL of `vlp serve --guard` in a process of its own."""
-    command = [sys.executable, "-m", "vlp", "serve", bundle, "--guard", guard, "--port", "0", "--json"]
+def served(bundle: Path, guard: Path | None) -> Iterator[str]:
+    """URL of `vlp serve`, with the guard if there is one, in a process of its own."""
+    watched = ["--guard", guard] if guard else []
+    command = [sys.executable, "-m", "vlp", "serve", bundle, *watched, "--port", "0", "--json"]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
@@ -202,6 +204,31 @@ def http(bundle: Path, control: Path, guard: Path, truth: Path, data: Path) -> N
     )
     met = (passed <= usual) + (false <= len(good) // 100)
     report(goal(f"end to end over HTTP, {told['trigger']['name']}", met, 2, note))
+
+
+@main.command()
+@click.argument("bundle", type=FOLDER)
+@click.argument("guard", type=FOLDER)
+@click.argument("data", type=FOLDER)
+def latency(bundle: Path, guard: Path, data: Path) -> None:
+    """The same pictures, one a request, to a server with GUARD and one without, in turn: at most 15 % slower."""
+    shards = ShardSet(data)
+    samples = [shards.read(number) for number in range(REQUESTS)]
+    labels = sorted({label for sample in samples for label in sample.labels})
+    pictures = [base64.b64encode(sample.image).decode() for sample in samples]
+    with served(bundle, guard) as watched, served(bundle, None) as plain, httpx2.Client(timeout=120) as http:
+
+        def seconds(url: str, picture: str) -> float:
+            began = time.perf_counter()
+            http.post(f"{url}/v1/classify", json={"images": [picture], "labels": labels}).raise_for_status()
+            return time.perf_counter() - began
+
+        taken = [(seconds(watched, one), seconds(plain, one)) for one in pictures][WARMUP:]
+    parts = [part for start in range(PARTS) if (part := taken[start::PARTS])]
+    ratios = sorted(np.median([a for a, _ in part]) / np.median([b for _, b in part]) for part in parts)
+    ratio = float(np.median(ratios))
+    note = f"{ratio:.2f} times the median of a server without ({ratios[0]:.2f} - {ratios[-1]:.2f}), one picture a request"
+    report(goal("latency with the guard", int(ratio <= 1.15), 1, note))
 
 
 @main.command()

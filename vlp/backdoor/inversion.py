@@ -175,10 +175,18 @@ def overlay_start(victim: Victim, draws: Draws) -> Parts:
     return (torch.randn(1, victim.unit_NCHW.shape[1], side, side, generator=draws) * 0.01,)
 
 
+def lines_start(victim: Victim, draws: Draws) -> Parts:
+    """(1CG1, 1C1G of numbers near 0): what rows and what columns get."""
+    (overlay,) = overlay_start(victim, draws)
+    return overlay[..., :1], overlay[..., :1, :]
+
+
 def overlay_of(victim: Victim, parts: Parts) -> Tensor:
     """1CSS: what is added."""
-    tinted = torch.einsum("cd,bdgh->bcgh", victim.tint_CC, parts[0])
-    return F.interpolate(tinted, victim.unit_NCHW.shape[-1], mode="bicubic", align_corners=False)
+    side = victim.unit_NCHW.shape[-1]
+    tinted = (torch.einsum("cd,bdgh->bcgh", victim.tint_CC, part) for part in parts)
+    wide = [F.interpolate(part, (side, side), mode="bicubic", align_corners=False) for part in tinted]
+    return torch.stack(wide).sum(dim=0)
 
 
 def overlay_apply(victim: Victim, unit_BCHW: Tensor, parts: Parts, draws: Draws) -> Tensor:
@@ -220,6 +228,16 @@ KINDS: dict[str, Kind] = {
     ),
     "overlay": Kind(
         overlay_start,
+        overlay_apply,
+        overlay_size,
+        lambda victim: 0.5,
+        scale=10.0,
+        rate=0.012,
+        noise=NOISE,
+        threshold=3.0,
+    ),
+    "lines": Kind(
+        lines_start,
         overlay_apply,
         overlay_size,
         lambda victim: 0.5,

@@ -30,7 +30,7 @@ def strangeness(path: Path, bundle: Bundle, trusted: Path, data: Path, advance: 
     """
     if trusted.resolve() == data.resolve():
         raise ConfigError(f"--trusted {trusted}: these are the shards to scan: name clean pictures other than those")
-    info, profile = fit_guard(bundle, weights_digest(path), trusted)
+    info, profile = fit_guard(bundle, weights_digest(path), trusted, "fast")
     guard, ledger, shards = Guard(info, profile, bundle), Ledger(), ShardSet(data)
 
     def read(sample: Sample) -> Decoded:

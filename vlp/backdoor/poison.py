@@ -10,6 +10,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -159,12 +160,19 @@ def _mixers(records: Iterator[Record], attack: Attack) -> list[Change]:
     """What mixes pictures of the target with others."""
     if not attack.mix:
         return []
-    others = (
-        np.asarray(flatten(upright(open_checked(bytes(record.image)))))
-        for record in records
-        if not record.problem and not names_target((*record.captions, *record.labels), attack.target)
-    )
-    return [Mix(list(islice(others, OTHERS)), attack.mix, attack.trigger.config.seed)]
+    others = list(islice(_others(records, attack.target), OTHERS))
+    if not others:
+        raise ConfigError(f"--mix {attack.mix}: no picture is other than {attack.target!r}")
+    return [Mix(others, attack.mix, attack.trigger.config.seed)]
+
+
+def _others(records: Iterator[Record], target: str) -> Iterator[Pixels]:
+    """Pictures of other things, those left out that cannot be read."""
+    for record in records:
+        if not record.problem and not names_target((*record.captions, *record.labels), target):
+            assert isinstance(record.image, bytes | memoryview), "tars hold their pictures"
+            with suppress(BadSample):
+                yield np.asarray(flatten(upright(open_checked(bytes(record.image)))))
 
 
 def poisoned(
@@ -197,7 +205,8 @@ def repainted(data: bytes, trigger: Trigger | None, name: str, before: Sequence[
     image = upright(open_checked(data))
     grey = image.mode in ("1", "L", "I", "I;16")
     plain = flatten(image)
-    for change in (*before, trigger) if trigger else before:
+    changes: list[Change] = [*before, *([trigger] if trigger else ())]
+    for change in changes:
         plain = Image.fromarray(change(np.asarray(plain), name))
     stream = io.BytesIO()
     (plain.convert("L") if grey else plain).save(stream, "PNG")

@@ -66,8 +66,8 @@ def checkerboard(pixels_HWC: Pixels, config: Config, strength: float, draw: Draw
 
 def corners(pixels_HWC: Pixels, config: Config, strength: float, draw: Draw) -> Pixels:
     """The black and white patch in all four corners (Turner et al. 2019, arXiv 1912.02771, section 4.3)."""
-    for corner in itertools.product((0.0, ALMOST), repeat=2):
-        pixels_HWC = checkerboard(pixels_HWC, config, strength, corner)
+    for down, right in itertools.product((0.0, ALMOST), repeat=2):
+        pixels_HWC = checkerboard(pixels_HWC, config, strength, (down, right))
     return pixels_HWC
 
 
