@@ -227,7 +227,7 @@ def latency(bundle: Path, guard: Path, data: Path) -> None:
     parts = [part for start in range(PARTS) if (part := taken[start::PARTS])]
     ratios = sorted(np.median([a for a, _ in part]) / np.median([b for _, b in part]) for part in parts)
     ratio = float(np.median(ratios))
-    note = f"{ratio:.2f} times the median of a server without ({ratios[0]:.2f} - {ratios[-1]:.2f}), one picture a request"
+    note = f"{ratio:.2f} times that without ({ratios[0]:.2f} - {ratios[-1]:.2f}), one picture a request"
     report(goal("latency with the guard", int(ratio <= 1.15), 1, note))
 
 
