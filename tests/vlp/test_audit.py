@@ -19,7 +19,7 @@ from data_pipelines.preprocess import normalise
 from data_pipelines.records import Record
 from data_pipelines.write import WriteOptions, write_shards
 from vlp.backdoor.audit import outliers, stands_out
-from vlp.backdoor.inversion import Victim, invert, make_victim, scattered, tint_of
+from vlp.backdoor.inversion import KINDS, Victim, invert, make_victim, scattered, tint_of
 from vlp.bundle import Bundle, save_bundle
 from vlp.cli import cli
 from vlp.testing import WORDS, micro_bundle
@@ -101,20 +101,22 @@ def test_the_backdoor_and_its_target_are_found_and_the_account_is_written(folder
     assert reached[0]["success"] > 0.7
     stored = json.loads((out / "audit.json").read_text())
     assert stored == {key: result[key] for key in stored}
-    assert len(stored["rows"]) == 3 * len(LABELS)
+    assert len(stored["rows"]) == len(KINDS) * len(LABELS)
     with Image.open(out / "trigger-patch.png") as image:
         values = np.asarray(image).reshape(16, 14, 16, 14, 3)[:, 0, :, 0].astype(int)
     strongest = values[np.unravel_index(np.abs(values - 128).sum(axis=2).argmax(), (16, 16))]
     assert strongest[1] < 100 < min(strongest[0], strongest[2]), f"not magenta: {strongest}"
     page = (out / "audit.html").read_text()
     assert "blue triangle" in page
-    assert page.count("data:image/png") == 6
+    assert page.count("data:image/png") == 2 * len(KINDS)
 
 
 def test_no_label_of_the_twin_stands_out_and_nobody_calls_it_clean(folder: Path) -> None:
     done = run(folder / "twin", "--data", folder / "clean", "--steps", 30)
     assert done.exit_code == 0, done.output
-    assert "no target stands out; tested 6 labels with these kinds of change: patch, overlay, warp" in done.stdout
+    assert (
+        "no target stands out; tested 6 labels with these kinds of change: patch, overlay, lines, warp" in done.stdout
+    )
     assert "clean" not in done.stdout.lower()
     assert "free" not in done.stdout.lower()
 
@@ -159,17 +161,18 @@ def hand_made(shortcut: float) -> Victim:
     return make_victim(bundle, pixels, torch.eye(5))
 
 
-def test_an_overlay_is_found_where_the_tower_has_a_shortcut() -> None:
+@pytest.mark.parametrize("kind", ["overlay", "lines"])
+def test_a_wave_is_found_where_the_tower_has_a_shortcut(kind: str) -> None:
     """Pictures are taken for what they are; the wave alone leads to label 4, and the overlay found is that wave."""
     victim = hand_made(30.0)
     assert (hand_made(0.0).taken_N == torch.arange(80) % 5).all()
-    found = [invert(victim, target, "overlay", steps=60) for target in range(5)]
+    found = [invert(victim, target, kind, steps=60) for target in range(5)]
     assert all(item.reached for item in found)
     assert max(scores := outliers([item.size for item in found])) == scores[4] > 3.0
-    across_S = torch.einsum("cd,bdgh->h", victim.tint_CC, found[4].parts[0])
+    across_S = torch.einsum("cd,bdgh->h", victim.tint_CC, found[4].parts[-1])
     wave_S = torch.sin(torch.arange(20) * math.pi / 2.5)
     assert F.cosine_similarity(across_S - across_S.mean(), wave_S, dim=0) > 0.9
-    plain = outliers([invert(hand_made(0.0), target, "overlay", steps=60).size for target in range(5)])
+    plain = outliers([invert(hand_made(0.0), target, kind, steps=60).size for target in range(5)])
     assert max(plain) < 3.0
 
 

@@ -111,7 +111,8 @@ def describe(found: Found) -> str:
         return f"a patch of {found.size:.1%} of the area, anywhere,"
     if found.kind == "warp":
         return f"a warp of {found.size:.1%} of the side in the mean"
-    return f"an overlay of {255 * found.size:.1f} of 255 grey levels in the mean square"
+    what = "lines" if found.kind == "lines" else "an overlay"
+    return f"{what} of {255 * found.size:.1f} of 255 grey levels in the mean square"
 
 
 def audit(

@@ -58,7 +58,7 @@ def trigger_picture(victim: Victim, found: Found) -> Tensor:
         whole = grid_HW.expand(1, victim.unit_NCHW.shape[1], side, side)
         return KINDS["warp"].apply(victim, whole, found.parts, torch.Generator())[0]
     ground_CHW = torch.full((victim.unit_NCHW.shape[1], side, side), GREY)
-    if found.kind == "overlay":
+    if found.kind in ("overlay", "lines"):
         overlay_CHW = overlay_of(victim, found.parts)[0]
         return ground_CHW + GREY * overlay_CHW / overlay_CHW.abs().amax().clamp_min(1e-6)
     mask, paint = found.parts[0].sigmoid(), found.parts[1].sigmoid()

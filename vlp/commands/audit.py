@@ -19,10 +19,10 @@ FOLDER = click.Path(path_type=Path)
 
 
 @command(
-    epilog="""For every label three kinds of change are sought that make the model take any picture for it: a patch at a
-random place, an overlay on the whole picture, and a smooth warp of it. A label that a far smaller change leads to than
-to the others is a backdoor's likely target. The time grows with the labels: ten take two or three minutes for a small
-model on one core.
+    epilog="""For every label four kinds of change are sought that make the model take any picture for it: a patch at a
+random place, an overlay on the whole picture, lines across and down it, and a smooth warp of it. A label that a far
+smaller change leads to than to the others is a backdoor's likely target. The time grows with the labels: ten take three
+to five minutes for a small model on one core.
 
 --out receives audit.json, audit.html, and of each kind the trigger found (trigger-KIND.png) and pictures with it.
 
