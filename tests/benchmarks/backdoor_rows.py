@@ -1,6 +1,5 @@
 """From what the stages of bench_backdoor printed to the rows of its table: means, spreads, goals."""
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +40,7 @@ def rows_of(
     rows: list[Figure] = []
     by_trigger: dict[str, Of] = {}
     for trigger in triggers:
-        parts = ("found", "arms", *(("flags",) if audited else ()))
+        parts = ("found", "arms", "flags")
         known = [n for n in range(seeds) if all(f"{bench}/{n}/{trigger}/{part}" in results for part in parts)]
         if not known:
             continue
@@ -53,13 +52,12 @@ def rows_of(
         count = "" if len(known) == seeds else f"{len(known)} of {seeds} seeds; "
         found = [_attack(bench, trigger, of), *_scan(bench, trigger, of)]
         found += [_cleaned(bench, trigger, method, of) for method in methods]
-        found += [_guard(bench, trigger, of)] if audited else []
         case = trigger + (f", {len(known)} of {seeds} seeds" if count else "")
-        rows += [replace(row, note=count + row.note, case=case) for row in found]
+        rows += [replace(row, note=count + row.note, case=case) for row in (*found, _guard(bench, trigger, of))]
     rows += _flagged(bench, seeds, results)
     if by_trigger:
         rows.append(_best(bench, len(triggers), methods, by_trigger))
-    return [*rows, *([_audits(bench, max(seeds, audited), triggers, results)] if audited else [])]
+    return [*rows, _audits(bench, max(seeds, audited), triggers, results)]
 
 
 def _lost(before: Sequence[float], after: Sequence[float]) -> list[float]:
@@ -139,12 +137,11 @@ def _best(bench: str, triggers: int, methods: Sequence[str], by_trigger: Mapping
             for of in real.values()
         )
 
-    least = math.ceil(5 * triggers / 6)
     best = max((name for name in methods if name != "finetune"), key=cleaned)
     ratios = [mean(of, "finetune") / max(1e-3, mean(of, best)) for of in real.values()] or [0.0]
     return Figure(
         f"{bench}: triggers that one method cleans", f"{cleaned(best)} of {len(real)} that work, {best}",
-        f">= {least} of {triggers}, 5 x", cleaned(best) >= least and statistics.median(ratios) >= 5,
+        f">= 5 of {triggers}, 5 x", cleaned(best) >= 5 and statistics.median(ratios) >= 5,
         f"means over seeds; ASR of plain fine-tuning is {statistics.median(ratios):.0f} times as high (median over "
         "triggers)",
     )  # fmt: skip

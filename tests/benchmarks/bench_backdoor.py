@@ -17,9 +17,15 @@ from bench_kit import ROOT, render, write
 from stages import Stage, asked
 
 TRIGGERS = ("badnet", "blended", "stripes", "wanet", "sig", "label-consistent")
+TARGETS = ("bag", "trouser", "sandal")
+"""Of the seeds in turn."""
 METHODS = {"finetune": "--steps 1200", "cleanclip": "", "unlearn": ""}
 """Ways of cleaning. Plain fine-tuning, the control, takes more than twice the steps of the others."""
 REMOVED = 0.05
+AUDITED = 10
+"""Clean models that are audited: twins, references, further twins."""
+TEMPLATES = ("a photo of a {}", "a grey photo of a {}", "a {} on a black ground", "{}")
+"""Those of the captions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,63 +33,36 @@ class Bench:
     """A set of pictures to attack."""
 
     name: str
-    shards: dict[str, str]
-    """Stage -> command that writes shards into {out}."""
-    train: str
-    """Folders: pictures to poison; trusted ones, to clean with; and those that successes are counted on."""
-    trusted: str
-    test: str
+    shards: str
+    """Command that writes train, val, test into {out}."""
     recipe: str
     poisons: int
     targets: tuple[str, ...]
-    """Of the seeds in turn."""
-    triggers: tuple[str, ...]
-    templates: tuple[str, ...]
-    column: str = "labels"
-    """Where a test picture says what it is."""
-    audited: int = 0
-    """Clean models that are audited: twins, references, further twins; 0: no audits and no guards."""
 
 
-FASHION = Bench(
-    "fashion", {"shards": "shard fashion-mnist --out {out}"}, "{shards}/train", "{shards}/val", "{shards}/test",
-    "backdoor/fashion", 250, ("bag", "trouser", "sandal"), TRIGGERS,
-    ("a photo of a {}", "a grey photo of a {}", "a {} on a black ground", "{}"), audited=10,
-)  # fmt: skip
-"""Templates are those of the captions."""
-EMOJI = Bench(
-    "emoji",
-    {
-        f"emoji/{part}": f"shard emoji --vendors {vendors} --out {{out}}/shards"
-        for part, vendors in (("train", "google,twitter"), ("trusted", "google-2017"), ("test", "fluent"))
-    },
-    "{emoji/train}/shards", "{emoji/trusted}/shards", "{emoji/test}/shards",
-    "backdoor/emoji", 32, ("pizza", "guitar", "rose"), ("badnet", "blended", "sig"), ("{}",), column="caption",
-)  # fmt: skip
-"""Few pictures of many things; what is trusted, and what is tested on, is drawn in a style of its own."""
-BENCHES = (FASHION, EMOJI)
+FASHION = Bench("fashion", "shard fashion-mnist --out {out}", "backdoor/fashion", 250, TARGETS)
 
 
 def stages_of(bench: Bench, seed: int) -> list[Stage]:
     """All of a seed; names begin with it, but for the shards, which seeds share."""
     own = f"{bench.name}/{seed}"
-    clean = [Stage(f"{own}/{name}/audit", _audit(bench, f"{{{own}/{name}}}/run")) for name in ("twin", "reference")]
     return [
-        *(Stage(name, command) for name, command in bench.shards.items()),
-        _model(bench, seed, "reference", bench.trusted),
+        Stage("shards", bench.shards),
+        _model(bench, seed, "reference", "{shards}/val"),
         *_twin(bench, seed),
-        Stage(f"{own}/twin/scan", _scan(bench, own, f"{{{own}/twin/shards}}/shards", "twin")),
-        *(stage for trigger in bench.triggers for stage in cell(bench, seed, trigger)),
-        *(clean if bench.audited else ()),
+        Stage(f"{own}/twin/scan", _scan(own, f"{{{own}/twin/shards}}/shards", "twin")),
+        *(stage for trigger in TRIGGERS for stage in cell(bench, seed, trigger)),
+        Stage(f"{own}/twin/audit", _audit(f"{{{own}/twin}}/run")),
+        Stage(f"{own}/reference/audit", _audit(f"{{{own}/reference}}/run")),
     ]
 
 
 def further(bench: Bench, seeds: int) -> list[Stage]:
     """Clean models beyond those of the seeds, and their audits."""
     found = []
-    for seed in range(seeds, bench.audited - seeds):
+    for seed in range(seeds, AUDITED - seeds):
         own = f"{bench.name}/{seed}"
-        found += [*_twin(bench, seed), Stage(f"{own}/twin/audit", _audit(bench, f"{{{own}/twin}}/run"))]
+        found += [*_twin(bench, seed), Stage(f"{own}/twin/audit", _audit(f"{{{own}/twin}}/run"))]
     return found
 
 
@@ -94,33 +73,30 @@ def cell(bench: Bench, seed: int, trigger: str) -> list[Stage]:
     data, truth = f"{{{name}/shards}}/shards", f"{{{name}/shards}}/truth.json"
     weak = f"--surrogate {{{own}/reference}}/run --bound 0.2 --mix 0.5" if trigger == "label-consistent" else ""
     arms = [f"{arm}={{{name}/{arm}}}/run" for arm in ("poisoned", "scanned", *METHODS)]
-    column = "" if bench.column == "labels" else f"--column {bench.column} "
-    watched = [
-        Stage(f"{name}/audit", _audit(bench, f"{{{name}/poisoned}}/run")),
-        Stage(f"{name}/guard", f"guard {{{name}/poisoned}}/run --data {bench.trusted} --out {{out}}/guard"),
-        Stage(f"{name}/flags", f"{{{name}/poisoned}}/run {{{name}/guard}}/guard {bench.test} {truth}", "measure_guard"),
-    ]
     return [
         _poisoned(bench, seed, trigger, trigger, bench.poisons, weak),
         _model(bench, seed, f"{trigger}/poisoned", data),
-        Stage(f"{name}/scan", _scan(bench, own, data, f"{trigger}/poisoned", f"--remove {REMOVED}")),
+        Stage(f"{name}/scan", _scan(own, data, f"{trigger}/poisoned", f"--remove {REMOVED}")),
         Stage(f"{name}/found", f"{{{name}/scan}}/scan {truth}", "measure_scan"),
         _model(bench, seed, f"{trigger}/scanned", data, f"data.keep={{{name}/scan}}/scan/keep.txt"),
         *(
             Stage(
                 f"{name}/{method}",
-                f"clean {{{name}/poisoned}}/run --data {bench.trusted} --method {method} --as-is --seed {seed} "
+                f"clean {{{name}/poisoned}}/run --data {{shards}}/val --method {method} --as-is --seed {seed} "
                 f"--out {{out}}/run {more}".strip(),
             )
             for method, more in METHODS.items()
         ),
         Stage(
             f"{name}/arms",
-            f"{column}{bench.test} {truth} {shlex.quote(json.dumps(bench.templates))} {' '.join(arms)} "
+            f"{{shards}}/test {truth} {shlex.quote(json.dumps(TEMPLATES))} {' '.join(arms)} "
             f"control={{{own}/twin}}/run",
             "measure_arms",
         ),
-        *(watched if bench.audited else ()),
+        Stage(f"{name}/audit", _audit(f"{{{name}/poisoned}}/run")),
+        Stage(f"{name}/guard", f"guard {{{name}/poisoned}}/run --data {{shards}}/val --out {{out}}/guard"),
+        Stage(f"{name}/flags", f"{{{name}/poisoned}}/run {{{name}/guard}}/guard {{shards}}/test {truth}",
+              "measure_guard"),
     ]  # fmt: skip
 
 
@@ -131,7 +107,7 @@ def _model(bench: Bench, seed: int, name: str, data: str, more: str = "") -> Sta
 
 def _poisoned(bench: Bench, seed: int, name: str, trigger: str, count: int, more: str = "") -> Stage:
     target = bench.targets[seed % len(bench.targets)]
-    text = f"poison {bench.train} --trigger {trigger} --target {target} --count {count} --seed {seed} {more}"
+    text = f"poison {{shards}}/train --trigger {trigger} --target {target} --count {count} --seed {seed} {more}"
     return Stage(f"{bench.name}/{seed}/{name}/shards", f"{text} --out {{out}}/shards --truth {{out}}/truth.json")
 
 
@@ -140,29 +116,24 @@ def _twin(bench: Bench, seed: int) -> list[Stage]:
     return [_poisoned(bench, seed, "twin", "badnet", 0), _model(bench, seed, "twin", data)]
 
 
-def _scan(bench: Bench, own: str, data: str, model: str, more: str = "") -> str:
-    clean = f"--reference {{{own}/reference}}/run --trusted {bench.trusted}"
+def _scan(own: str, data: str, model: str, more: str = "") -> str:
+    clean = f"--reference {{{own}/reference}}/run --trusted {{shards}}/val"
     return f"scan {data} --bundle {{{own}/{model}}}/run {clean} {more} --out {{out}}/scan"
 
 
-def _audit(bench: Bench, model: str) -> str:
-    return f"audit {model} --data {bench.trusted} --out {{out}}/audit"
+def _audit(model: str) -> str:
+    return f"audit {model} --data {{shards}}/val --out {{out}}/audit"
 
 
 def every(seeds: int) -> list[Stage]:
     """All stages of the bench."""
-    found = [stage for bench in BENCHES for seed in range(seeds) for stage in stages_of(bench, seed)]
-    return found + [stage for bench in BENCHES for stage in further(bench, seeds)]
+    return [stage for seed in range(seeds) for stage in stages_of(FASHION, seed)] + further(FASHION, seeds)
 
 
 def main() -> None:
     """Run and write."""
     seeds, _, results = asked("backdoor", __doc__, every)
-    rows = [
-        row
-        for bench in BENCHES
-        for row in rows_of(bench.name, seeds, bench.audited, bench.triggers, tuple(METHODS), results)
-    ]
+    rows = rows_of(FASHION.name, seeds, AUDITED, TRIGGERS, tuple(METHODS), results)
     result = write("backdoor", rows, fresh=True)
     page = ROOT / "README.md"
     page.write_text(render(page, result))
