@@ -139,7 +139,7 @@ prove-server: $(FUZZ_STAMP)  ## the slow proofs of the server: fuzzing, hostile 
 	$(call step,proofs,$(BIN)/python tests/benchmarks/prove_server.py $(PROOFS))
 
 TRUST ?= --help
-prove-trust: setup  ## proofs with a model of one's own that has a backdoor (TRUST="dirty BUNDLE TRUTH DATA", natural, http)
+prove-trust: setup  ## proofs with a model of one's own that has a backdoor (TRUST="dirty BUNDLE TRUTH DATA", natural, noisy, http, latency, scale)
 	$(call step,proofs,$(BIN)/python tests/benchmarks/prove_trust.py $(TRUST))
 
 prove-docs: setup  ## every command block of the README, typed in a copy of this checkout (about 20 minutes; ONLY=Train,Serve)

@@ -181,6 +181,18 @@ def natural(bundle: Path, data: Path) -> None:
 
 @main.command()
 @click.argument("bundle", type=FOLDER)
+@click.argument("data", type=FOLDER)
+def noisy(bundle: Path, data: Path) -> None:
+    """Of DATA that BUNDLE was trained on, nothing planted but keywords that are noisy, at most 1 % is flagged."""
+    model = scanning.Model(bundle, load_bundle(bundle))
+    with tempfile.TemporaryDirectory() as scratch:
+        found = scanning.scan(data, Path(scratch) / "scan", model, None, scanning.Options(), lambda _: None)
+    note = f"{found['flagged']} of {found['pictures']:,} pictures of {load_manifest(data).kind} flagged"
+    report(goal("noisy keywords", int(found["share"] <= 0.01), 1, note))
+
+
+@main.command()
+@click.argument("bundle", type=FOLDER)
 @click.argument("control", type=FOLDER)
 @click.argument("guard", type=FOLDER)
 @click.argument("truth", type=FOLDER)
