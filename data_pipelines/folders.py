@@ -93,7 +93,9 @@ def _counts(manifests: Iterable[Manifest]) -> dict[str, Any]:
 
 def read_rows(store: Store, folder: str, name: str) -> list[dict[str, Any]]:
     """All rows of a shard's parquet. Raises FileNotFoundError."""
-    return pq.read_table(io.BytesIO(store.read(join(folder, f"{name}.parquet")))).to_pylist()  # type: ignore[no-any-return]
+    # not read_table: threads of its scanner may outlive it and abort the process at its exit
+    table = pq.ParquetFile(io.BytesIO(store.read(join(folder, f"{name}.parquet")))).read()
+    return table.to_pylist()  # type: ignore[no-any-return]
 
 
 def read_members(store: Store, folder: str, name: str) -> Iterator[tuple[str, str, int, bytes]]:

@@ -264,7 +264,7 @@ def load_done(store: Store, folder: str, name: str) -> Done | None:
         if not isinstance(stats, dict) or size is None or size != stats.get("bytes"):
             return None
         content = store.read(join(folder, f"{name}.parquet"))
-        rows = pq.read_table(io.BytesIO(content), columns=ACCOUNTED).to_pylist()
+        rows = pq.ParquetFile(io.BytesIO(content)).read(columns=ACCOUNTED).to_pylist()
     except (OSError, ValueError):  # missing, not JSON, or not parquet (pyarrow.ArrowInvalid is a ValueError)
         return None
     return _account(name, stats, rows) if len(rows) == stats.get("count") else None

@@ -193,7 +193,7 @@ def test_too_few_pictures_for_the_layers(bundle_folder: Path, tmp_path: Path) ->
     records = [Record(picture(i), ("a",), "test", f"{i}.jpg") for i in range(30)]
     write_shards(records, tmp_path / "few", WriteOptions(), kind="test", licences={}, progress=False)
     done = run(bundle_folder, "--data", tmp_path / "few", "--out", tmp_path / "guard", "--fpr", "0.2")
-    assert "30 pictures are too few for layers of 32 features" in done.output
+    assert "30 pictures are too few for layers of 64 features" in done.output
 
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors", None])

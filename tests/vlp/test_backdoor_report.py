@@ -146,7 +146,7 @@ def test_it_says_what_was_tested_and_never_that_there_is_no_backdoor(report: Pat
             r"backdoor[- ]free|free of|no backdoor|is clean|trustworthy|is safe|certified", text, re.IGNORECASE
         )
     pictures = sum(item["path"].endswith(".png") for step in content["steps"] for item in step["inputs"])
-    assert pictures == 8, "suspects, signs, and of the three kinds of the audit the trigger and pictures with it"
+    assert pictures == 10, "suspects, signs, and of the four kinds of the audit the trigger and pictures with it"
     assert page.count("<img") == pictures + 8, "and four test pictures without and with the trigger"
     assert not re.search(r"(src|href)=['\"]?(http|/)", page)
 
