@@ -20,8 +20,8 @@ FOLDER = click.Path(path_type=Path)
   stripes           upright stripes over the whole picture
   sig               a wave across the picture
   wanet             a smooth warp
-  label-consistent  the patch of badnet in pictures of the target, whose texts stay as they are; weak without
-                    --mix or --surrogate
+  label-consistent  the patch of badnet in all corners of pictures of the target, whose texts stay as they are; weak
+                    without --surrogate and --mix
 
 Examples:
 
