@@ -8,9 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from data_pipelines.errors import ShardError
+from data_pipelines.parquet import read_columns
 from data_pipelines.records import MANIFEST, Manifest, parse_manifest
 from data_pipelines.store import Store, join
 
@@ -93,9 +92,7 @@ def _counts(manifests: Iterable[Manifest]) -> dict[str, Any]:
 
 def read_rows(store: Store, folder: str, name: str) -> list[dict[str, Any]]:
     """All rows of a shard's parquet. Raises FileNotFoundError."""
-    # not read_table: threads of its scanner may outlive it and abort the process at its exit
-    table = pq.ParquetFile(io.BytesIO(store.read(join(folder, f"{name}.parquet")))).read()
-    return table.to_pylist()  # type: ignore[no-any-return]
+    return read_columns(store.read(join(folder, f"{name}.parquet"))).to_pylist()  # type: ignore[no-any-return]
 
 
 def read_members(store: Store, folder: str, name: str) -> Iterator[tuple[str, str, int, bytes]]:

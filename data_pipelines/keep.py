@@ -3,9 +3,8 @@
 import math
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from data_pipelines.errors import ConfigError
+from data_pipelines.parquet import read_columns
 
 
 def load_keys(path: Path) -> frozenset[str]:
@@ -30,7 +29,7 @@ def load_weights(path: Path) -> dict[str, float]:
 
 def _columns(path: Path, names: tuple[str, ...]) -> list[list[object]]:
     try:
-        table = pq.read_table(path, columns=list(names))
+        table = read_columns(path, names)
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise ConfigError(f"{path}: cannot be read as parquet ({error})") from error
     if missing := set(names) - set(table.column_names):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.errors import BadSample, PipelineError, ShardError
 from data_pipelines.keep import load_keys
+from data_pipelines.parquet import read_columns
 from data_pipelines.plan import Part
 from data_pipelines.reader import Maps, Sample, Shard, open_shards
 from data_pipelines.records import MANIFEST, ShardInfo, manifest_digest, parse_manifest
@@ -141,7 +142,7 @@ def _column(shard: Shard, name: str) -> list[Any]:
     """A column of every sample: from the parquet beside the shard if it is one of ours and fits, else from the tar."""
     path = shard.path.with_suffix(".parquet")
     if name in COLUMNS and path.is_file() and name in pq.read_schema(path).names:
-        table = pq.read_table(path, columns=[name, "status"])
+        table = read_columns(path, [name, "status"])
         found = [row[name] for row in table.to_pylist() if row["status"] == "success"]
         if len(found) == len(shard):
             return found

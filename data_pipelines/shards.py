@@ -4,7 +4,6 @@ A shard's bytes depend on its work item and the options alone, so any thread, pr
 """
 
 import hashlib
-import io
 import json
 import os
 import time
@@ -18,10 +17,9 @@ from pathlib import Path
 from threading import Semaphore
 from typing import Any, TypeVar
 
-import pyarrow.parquet as pq
-
 from data_pipelines.console import Advance
 from data_pipelines.errors import PipelineError
+from data_pipelines.parquet import read_columns
 from data_pipelines.pictures import Prepared, WriteOptions, prepare
 from data_pipelines.records import BOX_FIELDS, RESERVED, Box, Record, ShardInfo
 from data_pipelines.resize import WHOLE, Frame
@@ -264,7 +262,7 @@ def load_done(store: Store, folder: str, name: str) -> Done | None:
         if not isinstance(stats, dict) or size is None or size != stats.get("bytes"):
             return None
         content = store.read(join(folder, f"{name}.parquet"))
-        rows = pq.ParquetFile(io.BytesIO(content)).read(columns=ACCOUNTED).to_pylist()
+        rows = read_columns(content, ACCOUNTED).to_pylist()
     except (OSError, ValueError):  # missing, not JSON, or not parquet (pyarrow.ArrowInvalid is a ValueError)
         return None
     return _account(name, stats, rows) if len(rows) == stats.get("count") else None

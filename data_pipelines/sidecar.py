@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.errors import ConfigError
 from data_pipelines.files import write_atomic
+from data_pipelines.parquet import read_columns
 
 Ids = NDArray[np.int64]
 CLUSTERS = "cluster_ids"
@@ -80,7 +81,7 @@ def load_sidecar(path: Path, column: str) -> Sidecar:
     try:
         names = pq.read_schema(path).names
         missing = {"key", column}.difference(names)
-        table = None if missing else pq.read_table(path, columns=["key", column]).combine_chunks()
+        table = None if missing else read_columns(path, ["key", column]).combine_chunks()
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise ConfigError(f"{path}: cannot be read as parquet ({error})") from error
     if table is None:

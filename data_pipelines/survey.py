@@ -1,6 +1,5 @@
 """What shards hold, from their parquet alone; one sample with its bytes; and what a job would write."""
 
-import io
 import itertools
 import json
 import os
@@ -12,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from data_pipelines.errors import ConfigError, PipelineError
 from data_pipelines.folders import read_members, read_rows, reason
+from data_pipelines.parquet import read_columns
 from data_pipelines.pictures import WriteOptions
 from data_pipelines.records import Record
 from data_pipelines.shards import Pools
@@ -133,9 +132,8 @@ def show(out: Path | str, key: str) -> tuple[dict[str, Any], str, bytes]:
     for split, name in parquets(store):
         if (wanted_split and split != wanted_split) or not bare.startswith(name):
             continue
-        content = io.BytesIO(store.read(join(split, f"{name}.parquet")))
-        # not read_table with a filter: threads of its scanner may outlive it and abort the process at its exit
-        rows = pq.ParquetFile(content).read().filter(pc.field("key") == bare).to_pylist()
+        table = read_columns(store.read(join(split, f"{name}.parquet")))
+        rows = table.filter(pc.field("key") == bare).to_pylist()
         if rows:
             place, extension, image = _image(store, split, name, bare)
             return rows[0] | {"split": split, "shard": join(split, f"{name}.tar"), **place}, extension, image

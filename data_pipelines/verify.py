@@ -186,7 +186,7 @@ def _read_beside(split: Split, outcome: Outcome, name: str) -> tuple[dict[str, A
         outcome.fault("missing_file", f"{Path(stem).name}_stats.json is not there")
     try:
         content = split.store.read(f"{stem}.parquet")
-        table = pq.ParquetFile(io.BytesIO(content))  # read_table would load pyarrow's data sets first
+        table = pq.ParquetFile(io.BytesIO(content))
         rows = table.read([column for column in WANTED if column in table.schema_arrow.names]).to_pylist()
     except FileNotFoundError:
         if split.manifest:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_pipelines.errors import PipelineError
+from data_pipelines.parquet import read_columns
 from server.index import ALWAYS, FieldKind, IndexInfo, PointId, as_id
 from vlp.embed_files import EMBEDDERS, find_parts, read_embed_info
 
@@ -172,7 +173,7 @@ def _metadata(part: Part, fields: Sequence[str]) -> tuple[list[PointId], list[di
 
     Ids are row positions over all parts in name order, as in clip-retrieval, or those an export wrote down.
     """
-    table = pq.read_table(part.table)
+    table = read_columns(part.table)
     names = {"image_path": "key", **{name: name for name in (*PAYLOAD[1:], "url", *fields)}}
     present = {column: name for column, name in names.items() if column in table.column_names}
     payloads = [

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.errors import PipelineError
 from data_pipelines.files import write_atomic
+from data_pipelines.parquet import read_columns
 from server.index import Index, PayloadError, Point, PointId, as_id, check_payload
 from server.index.folders import POINT_ID, Batch
 from vlp.embed_files import EMBEDDERS
@@ -134,7 +135,7 @@ def _resume(out: Path, index: Index, advance: Advance) -> tuple[int, PointId | N
     done = sorted(path for path in (out / "metadata").glob("*.parquet") if PART.fullmatch(path.name))
     if not done:
         return 0, None, True
-    last = pq.read_table(done[-1])
+    last = read_columns(done[-1])
     if POINT_ID not in last.column_names:
         raise PipelineError(f"{out} was not written by `vlp index export`: choose another --out")
     advance(sum(int(pq.read_metadata(path).num_rows) for path in done))

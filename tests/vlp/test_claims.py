@@ -71,6 +71,7 @@ def test_nothing_else_is_a_check(check: str) -> None:
         ({"values": {"a": ["other", "x"]}}, "there is no arm or step 'other'; there are plain, treated"),
         ({"arms": {"a-b": []}}, "'a-b' is no name"),
         ({"steps": {"plain": "eval x"}}, "plain: an arm and a step of the same name"),
+        ({"recipes": {"other": "claims/fashion"}}, "recipes.other: there is no arm of that name; there are"),
         ({"threshold": 3}, "unknown key 'threshold'; known here: paper, statement"),
     ],
 )
@@ -93,7 +94,7 @@ def test_a_shipped_claim_can_be_planned(name: str) -> None:
     """Recipe, overrides and data exist, the objective is one of ours, every value is of an evaluation that is run."""
     claim = load_claim(name)
     assert claim.objective in base.names()
-    assert claim.recipe in recipe_names()
+    assert {claim.recipe_of(arm) for arm in claim.arms} <= set(recipe_names())
     assert re.search(r"arXiv \d{4}\.\d{4,5}", claim.paper)
     assert claim.seeds >= 3
     places = {name: Path("/data") / name for name in data.data_sets()}

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image
 
 from data_pipelines.errors import BadSample, ConfigError
 from data_pipelines.files import write_atomic
 from data_pipelines.images import flatten, open_checked, upright
+from data_pipelines.parquet import read_columns
 from data_pipelines.pictures import WriteOptions
 from data_pipelines.records import Record, load_manifest, manifest_digest
 from data_pipelines.sources import tars
@@ -96,9 +96,7 @@ def poison(shards: Path, out: Path, truth: Path, attack: Attack, encode: str, pr
         poisoned(tars.iter_records(records), chosen, attack, told, before),
         out, options, kind=manifest.kind, licences=manifest.licences, progress=progress, total=manifest.records,
     )  # fmt: skip
-    keys = [
-        key for path in sorted(out.glob("*.parquet")) for key in pq.read_table(path, columns=["key"])["key"].to_pylist()
-    ]
+    keys = [key for path in sorted(out.glob("*.parquet")) for key in read_columns(path, ["key"])["key"].to_pylist()]
     poisons = [{"key": keys[entry.pop("row")], **entry} for entry in told]
     content = {
         "format": FORMAT,

@@ -25,6 +25,7 @@ from torch import Tensor
 from data_pipelines.dedup import perceptual_hash
 from data_pipelines.errors import BadSample, ConfigError
 from data_pipelines.files import write_atomic
+from data_pipelines.parquet import read_columns
 from data_pipelines.reader import Shard, open_shards
 from data_pipelines.stream import cut, in_blocks
 from vlp import __version__
@@ -183,7 +184,7 @@ def unlikeness(pictures: Pictures) -> Tensor:
     parts = []
     for (image_ND, table), text_ND in zip(pictures.parts, pictures.texts, strict=True):
         product_N = np.einsum("nd,nd->n", image_ND.astype(np.float32), text_ND.astype(np.float32))
-        said_N = pc.greater(pc.utf8_length(pq.read_table(table, columns=["caption"]).column(0)), 0).to_numpy()
+        said_N = pc.greater(pc.utf8_length(read_columns(table, ["caption"]).column(0)), 0).to_numpy()
         parts.append(np.where(said_N, 1.0 - product_N, np.nan).astype(np.float32))
     found_N = torch.from_numpy(np.concatenate(parts))
     return found_N.nan_to_num(float(found_N.nanmedian()))

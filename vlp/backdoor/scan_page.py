@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data_pipelines.errors import BadSample
 from data_pipelines.images import flatten, open_checked, upright
+from data_pipelines.parquet import read_columns
 from data_pipelines.reader import Sample, open_shards
 from vlp.backdoor.scan import SCORES
 from vlp.embed_files import own_caption
@@ -87,7 +87,7 @@ def _sheet(suspects: Mapping[str, Mapping[str, Any]], samples: Mapping[str, Samp
 
 def _curves(out: Path, account: Mapping[str, Any]) -> Figure:
     names = account["methods"]
-    columns = pq.read_table(out / SCORES, columns=list(names))
+    columns = read_columns(out / SCORES, names)
     figure = Figure(figsize=(3.2 * len(names), 2.4), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False).flat, names, strict=True):
         axis.hist(columns.column(name).to_numpy(), bins=60, color=MUTED, log=True)

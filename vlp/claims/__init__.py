@@ -32,6 +32,8 @@ class Claim(StrictModel):
     """The objective it is about."""
     recipe: str
     """Base recipe of all arms, whose evaluations are read."""
+    recipes: dict[str, str] = {}
+    """Arm -> its own base recipe, where one begins from what another made in a different way."""
     seeds: int = Field(3, ge=1)
     common: tuple[str, ...] = ()
     """Overrides of all arms, before their own."""
@@ -52,6 +54,8 @@ class Claim(StrictModel):
             raise ConfigError("a claim needs one arm and one check at least")
         if twice := self.arms.keys() & self.steps.keys():
             raise ConfigError(f"{', '.join(sorted(twice))}: an arm and a step of the same name")
+        if odd := [name for name in self.recipes if name not in self.arms]:
+            raise ConfigError(f"recipes.{odd[0]}: there is no arm of that name; there are {', '.join(self.arms)}")
         jobs = self.arms.keys() | self.steps.keys()
         if odd := [name for name in (*jobs, *self.values) if not re.fullmatch(r"[A-Za-z_]\w*", name)]:
             raise ConfigError(f"{odd[0]!r} is no name: letters, digits and underscores, no digit first")
@@ -64,6 +68,10 @@ class Claim(StrictModel):
             if unknown := names_in(parse(check)) - self.values.keys():
                 raise ConfigError(f"check {check!r}: {min(unknown)} is no value; values are {', '.join(self.values)}")
         return self
+
+    def recipe_of(self, arm: str) -> str:
+        """Base recipe of an arm."""
+        return self.recipes.get(arm, self.recipe)
 
     @property
     def baseline(self) -> str:

@@ -13,12 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from data_pipelines import job, sources
 from data_pipelines.compose import dice, objects, paste, scenes, wording
 from data_pipelines.errors import ConfigError
 from data_pipelines.files import cache_dir, write_atomic
+from data_pipelines.parquet import read_columns
 from data_pipelines.pictures import WriteOptions
 from data_pipelines.sources import Source, fashion_mnist
 from data_pipelines.sources import clipart as all_clipart
@@ -62,7 +61,7 @@ def _fashion_files(folder: Path) -> Mapping[str, str]:
     """Keep-lists of equal length: all classes alike, or falling from the largest to a hundredth of it."""
     keys: dict[str, list[str]] = {name: [] for name in fashion_mnist.CLASSES}
     for path in sorted((folder / "train").glob("*.parquet")):
-        for row in pq.read_table(path, columns=["key", "labels"]).to_pylist():
+        for row in read_columns(path, ["key", "labels"]).to_pylist():
             keys[row["labels"][0]].append(row["key"])
     last = len(keys) - 1
     tail = [round(LARGEST * RATIO ** (-place / last)) for place in range(len(keys))]

@@ -90,7 +90,7 @@ def _of_seed(claim: Claim, seed: int, places: Mapping[str, Path], on: str) -> li
         named = {found for text in texts for found in PLACE.findall(text)} & (claim.arms.keys() | claim.steps.keys())
         others = {other: make(other).folder for other in sorted(named - {name})}
         texts = [_placed(text, others, places, on) for text in texts]
-        settings = None if name in claim.steps else _settings(claim, texts, seed, places, on)
+        settings = None if name in claim.steps else _settings(claim.recipe_of(name), texts, seed, places, on)
         spoken = json.dumps([settings, texts if settings is None else None, seed], sort_keys=True)
         digest = hashlib.sha256("\n".join((spoken, code_digest(), *map(str, places.values()))).encode()).hexdigest()
         folder = runs_folder() / digest[:16]
@@ -104,10 +104,10 @@ def _of_seed(claim: Claim, seed: int, places: Mapping[str, Path], on: str) -> li
     return list(jobs.values())
 
 
-def _settings(claim: Claim, overrides: list[str], seed: int, places: Mapping[str, Path], on: str) -> dict[str, Any]:
+def _settings(recipe: str, overrides: list[str], seed: int, places: Mapping[str, Path], on: str) -> dict[str, Any]:
     """The recipe of an arm as plain data: its data in the cache, one process, one thread, nothing but the last save."""
     always = [f"run.seed={seed}", "run.processes=1", "run.threads=1", "run.save_every=0", "run.loggers=[]"]
-    plain = load_recipe(claim.recipe, [*overrides, *always]).model_dump(mode="json")
+    plain = load_recipe(recipe, [*overrides, *always]).model_dump(mode="json")
     settings: dict[str, Any] = _everywhere(plain, places, on)
     return settings
 
@@ -150,7 +150,8 @@ def code_digest() -> str:
 def places_of(claim: Claim, show: bool) -> dict[str, Path]:
     """Data set -> folder, for those that the claim and its recipe name; written if need be."""
     texts = [*claim.common, *(text for arm in claim.arms.values() for text in arm), *claim.steps.values()]
-    spoken = "\n".join((*texts, json.dumps(load_recipe(claim.recipe).model_dump(mode="json"))))
+    recipes = {claim.recipe_of(arm) for arm in claim.arms}
+    spoken = "\n".join((*texts, *(json.dumps(load_recipe(recipe).model_dump(mode="json")) for recipe in recipes)))
     return {name: claim_data.prepared(name, show) for name in claim_data.data_sets() if f"shards/{name}" in spoken}
 
 

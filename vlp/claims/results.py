@@ -124,9 +124,13 @@ def keep(row: Row, path: Path | None = None) -> Path:
 
 def identity(claim: Claim) -> str:
     """Short digest of the claim and of what the recipes of its arms say."""
-    arms = ([PLACE.sub(r"\1", text) for text in (*claim.common, *arm)] for arm in claim.arms.values())
-    recipes = [load_recipe(claim.recipe, arm).model_dump(mode="json", exclude_unset=True) for arm in arms]
-    content = json.dumps([claim.model_dump(mode="json"), recipes], sort_keys=True)
+    recipes = []
+    for name, arm in claim.arms.items():
+        overrides = [PLACE.sub(r"\1", text) for text in (*claim.common, *arm)]
+        recipes.append(load_recipe(claim.recipe_of(name), overrides).model_dump(mode="json", exclude_unset=True))
+    unsaid = set() if claim.recipes else {"recipes"}  # so that claims from before there were any keep their outcomes
+    own = claim.model_dump(mode="json", exclude=unsaid)
+    content = json.dumps([own, recipes], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

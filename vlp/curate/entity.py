@@ -21,6 +21,7 @@ from torch import Tensor
 
 from data_pipelines.errors import ConfigError, PipelineError
 from data_pipelines.files import write_atomic
+from data_pipelines.parquet import read_columns
 from data_pipelines.sidecar import CLUSTERS, write_sidecar
 from vlp.bundle import Bundle
 from vlp.curate.gazetteer import Entity, Gazetteer, make_gazetteer, mine, read_entities, words
@@ -138,7 +139,7 @@ def texts_of(pictures: Pictures, column: str | None = None) -> Iterator[list[str
 def _captions(pictures: Pictures) -> Iterator[Any]:
     for _, path in pictures.parts:
         several = "captions" in pq.read_schema(path).names
-        table = pq.read_table(path, columns=["caption", "captions"] if several else ["caption"])
+        table = read_columns(path, ["caption", "captions"] if several else ["caption"])
         yield from (row.get("captions") or row["caption"] for row in table.to_pylist())
 
 
@@ -146,7 +147,7 @@ def _column(pictures: Pictures, name: str, option: str) -> Iterator[Any]:
     for _, path in pictures.parts:
         if name not in (known := pq.read_schema(path).names):
             raise ConfigError(f"{option} {name}: the shards have no such column; they have {', '.join(known)}")
-        yield from pq.read_table(path, columns=[name]).column(0).to_pylist()
+        yield from read_columns(path, [name]).column(0).to_pylist()
 
 
 def find_pairs(

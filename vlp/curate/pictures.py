@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipelines.errors import ConfigError
 from data_pipelines.files import cache_dir, sha256_file
+from data_pipelines.parquet import read_columns
 from data_pipelines.reader import open_shards
 from data_pipelines.records import MANIFEST
 from vlp.bundle import Bundle
@@ -68,7 +68,7 @@ class Pictures:
     def keys(self) -> Iterator[list[str]]:
         """Keys of the pictures of every shard."""
         for _, table in self.parts:
-            yield pq.read_table(table, columns=["image_path"]).column(0).to_pylist()
+            yield read_columns(table, ["image_path"]).column(0).to_pylist()
 
 
 def embed_pictures(
