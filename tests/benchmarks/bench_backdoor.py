@@ -51,9 +51,10 @@ def stages_of(bench: Bench, seed: int) -> list[Stage]:
         _model(bench, seed, "reference", "{shards}/val"),
         *_twin(bench, seed),
         Stage(f"{own}/twin/scan", _scan(own, f"{{{own}/twin/shards}}/shards", "twin")),
+        *(_audit(f"{own}/{name}") for name in ("reference", "twin")),
+        _judged(f"{own}/reference", f"{own}/twin"),
+        _judged(f"{own}/twin", f"{own}/reference"),
         *(stage for trigger in TRIGGERS for stage in cell(bench, seed, trigger)),
-        Stage(f"{own}/twin/audit", _audit(f"{{{own}/twin}}/run")),
-        Stage(f"{own}/reference/audit", _audit(f"{{{own}/reference}}/run")),
     ]
 
 
@@ -62,7 +63,7 @@ def further(bench: Bench, seeds: int) -> list[Stage]:
     found = []
     for seed in range(seeds, AUDITED - seeds):
         own = f"{bench.name}/{seed}"
-        found += [*_twin(bench, seed), Stage(f"{own}/twin/audit", _audit(f"{{{own}/twin}}/run"))]
+        found += [*_twin(bench, seed), _audit(f"{own}/twin"), _judged(f"{own}/twin", f"{bench.name}/0/reference")]
     return found
 
 
@@ -93,7 +94,8 @@ def cell(bench: Bench, seed: int, trigger: str) -> list[Stage]:
             f"control={{{own}/twin}}/run",
             "measure_arms",
         ),
-        Stage(f"{name}/audit", _audit(f"{{{name}/poisoned}}/run")),
+        _audit(name, "poisoned"),
+        _judged(name, f"{own}/reference"),
         Stage(f"{name}/guard", f"guard {{{name}/poisoned}}/run --data {{shards}}/val --out {{out}}/guard"),
         Stage(f"{name}/flags", f"{{{name}/poisoned}}/run {{{name}/guard}}/guard {{shards}}/test {truth}",
               "measure_guard"),
@@ -121,8 +123,14 @@ def _scan(own: str, data: str, model: str, more: str = "") -> str:
     return f"scan {data} --bundle {{{own}/{model}}}/run {clean} {more} --out {{out}}/scan"
 
 
-def _audit(model: str) -> str:
-    return f"audit {model} --data {{shards}}/val --out {{out}}/audit"
+def _audit(name: str, model: str = "") -> Stage:
+    place = f"{{{name}/{model}}}" if model else f"{{{name}}}"
+    return Stage(f"{name}/audit", f"audit {place}/run --data {{shards}}/val --out {{out}}/audit")
+
+
+def _judged(name: str, clean: str) -> Stage:
+    """What the audit comes to beside that of a clean model."""
+    return Stage(f"{name}/judged", f"{{{name}/audit}}/audit {{{clean}/audit}}/audit", "measure_audit")
 
 
 def every(seeds: int) -> list[Stage]:

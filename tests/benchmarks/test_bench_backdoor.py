@@ -74,6 +74,7 @@ def test_rows_by_hand(tmp_path: Path) -> None:
         results[f"{name}/audit"] = {"target": None if trigger == "wanet" else "bag", "seconds": 90}
     results["fashion/0/twin/scan"] = {"share": 0.004}
     results["fashion/0/twin/audit"] = {"target": None, "seconds": 120}
+    results["fashion/0/stripes/judged"] = {"target": "bag", "seconds": 120}
     results["fashion/5/twin/audit"] = {"target": "bag", "seconds": 120}
     rows = {
         row.name: row for row in rows_of("fashion", 2, AUDITED, TRIGGERS, ("finetune", "cleanclip", "unlearn"), results)
@@ -93,7 +94,8 @@ def test_rows_by_hand(tmp_path: Path) -> None:
     best = rows["fashion: triggers that one method cleans"]
     assert (best.value, best.met) == ("5 of 5 that work, unlearn", True)
     assert "12 times" in best.note
-    audit = rows["fashion: models that the audit judges right"]
+    assert rows["fashion: models that the audit judges right, beside the audit of a clean model"].value == "1 of 1"
+    audit = rows["fashion: models that the audit judges right by itself"]
     assert (audit.value, audit.met) == ("5 of 7", False)
     assert audit.note == "2 clean, 5 poisoned; wrong: wanet 0, twin 5; 2.0 min at most"
     assert rows["fashion: wanet that the guard flags"].met
@@ -103,7 +105,7 @@ def test_rows_by_hand(tmp_path: Path) -> None:
     assert "| cleaned by unlearn: ASR / points of clean accuracy lost | 5.0 / 0.0 |" in "\n".join(lines)
     (guard,) = (line for line in lines if line.startswith("| guard"))
     assert guard.endswith("| 80.0 / 1.0 ✗ | 80.0 / 1.0 ✗ | 80.0 / 1.0 ✗ | 80.0 / 1.0 | 80.0 / 1.0 | >= 90% or >= 70% |")
-    assert len([line for line in lines if line.startswith("| fashion")]) == 3
+    assert len([line for line in lines if line.startswith("| fashion")]) == 4
 
 
 def test_auroc_counts_ties_half() -> None:

@@ -18,7 +18,7 @@ from data_pipelines.errors import ConfigError
 from data_pipelines.preprocess import normalise
 from data_pipelines.records import Record
 from data_pipelines.write import WriteOptions, write_shards
-from vlp.backdoor.audit import outliers, stands_out
+from vlp.backdoor.audit import judge, outliers, stands_out
 from vlp.backdoor.inversion import KINDS, Victim, invert, make_victim, scattered, tint_of
 from vlp.bundle import Bundle, save_bundle
 from vlp.cli import cli
@@ -108,6 +108,11 @@ def test_the_backdoor_and_its_target_are_found_and_the_account_is_written(folder
     assert strongest[1] < 100 < min(strongest[0], strongest[2]), f"not magenta: {strongest}"
     page = (out / "audit.html").read_text()
     assert "blue triangle" in page
+    words = ("--data", folder / "clean", "--reference", out, "--out", tmp_path / "beside", "--steps", 2, "--json")
+    again = json.loads(run(folder / "bad", *words).stdout.splitlines()[-1])
+    assert again["reference"] == result["made_of"]
+    assert all("beside" in row for row in again["rows"])
+    assert "than in a clean model" in (tmp_path / "beside" / "audit.html").read_text()
     assert page.count("data:image/png") == 2 * len(KINDS)
 
 
@@ -129,6 +134,17 @@ def test_scores_by_hand() -> None:
     assert outliers([math.exp(value) for value in (-4, 0, 1, 2, 3)])[0] == pytest.approx(3.3725, abs=1e-4)
     assert outliers([math.e, math.e, 1.0, math.e, math.e]) == pytest.approx([0.0, 0.0, 5.0, 0.0, 0.0])
     assert outliers([3.0] * 5) == [0.0] * 5
+
+
+def test_a_label_that_is_easier_than_in_a_clean_model_stands_out() -> None:
+    """Label 0 is the easiest anyway, 4 is not but four times as easy as it should be: ln 4 / 0.2 = 6.93."""
+    clean = {"overlay": [0.1, 0.4, 0.4, 0.5, 0.4], "warp": [0.1] * 5}
+    sizes = {"overlay": [0.1, 0.4, 0.4, 0.5, 0.1], "warp": [0.1, 0.12, 0.11, 0.09, 0.1]}
+    alone, beside = judge(sizes, {}), judge(sizes, clean)
+    assert (alone.suspicious, alone.beside) == (False, False), "two labels that are as easy as each other"
+    assert (beside.suspicious, beside.kind, beside.label, beside.beside) == (True, "overlay", 4, True)
+    assert beside.score == pytest.approx(6.9315, abs=1e-3)
+    assert not judge(clean, clean).suspicious
 
 
 def test_who_stands_out_is_far_off_and_alone() -> None:
@@ -223,6 +239,8 @@ def test_a_label_that_all_pictures_are_taken_for_is_no_subject() -> None:
         (("--steps", "0"), "--steps 0: at least 1"),
         (("--templates", "no place"), "--templates no place"),
         (("--out", "few.txt"), "--out few.txt: is a file"),
+        (("--reference", "."), "--reference audit.json: cannot be read"),
+        (("--reference", "other"), "--reference other: patch was sought for no label; needed are"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
@@ -230,6 +248,8 @@ def test_what_cannot_be_meant_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "few.txt").write_text(f"{WORDS[0]}\n{WORDS[6]}\n")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "audit.json").write_text('{"rows": [], "made_of": {}}')
     done = run(folder / "twin", "--data", folder / "clean", *options)
     assert done.exit_code == 1
     assert message in " ".join(done.output.split())

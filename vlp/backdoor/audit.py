@@ -3,8 +3,10 @@
 The smallest change of each kind is sought for every label (`vlp.backdoor.inversion`). Sizes are compared as
 logarithms, for what counts is how many times smaller one is: the score of a label is its distance below the median
 in robust standard deviations (1.4826 x the median absolute deviation), one kind at a time. A score above the kind's
-threshold and clearly ahead of the next makes the model suspicious. What does not stand out is not proven harmless: a
-trigger of another kind, or one label among few, may go unseen, and the account says what was tried.
+threshold and clearly ahead of the next makes the model suspicious. Some labels are easier to reach than others in any
+model; where the audit of a clean model of the same task is given, sizes are also told by those found there, so that a
+label counts that is easier than it should be. What does not stand out is not proven harmless: a trigger of another
+kind, or one label among few, may go unseen, and the account says what was tried.
 Suffixes: N pictures, C channels, H, W rows and columns, L labels, D embedding width.
 """
 
@@ -23,6 +25,7 @@ from data_pipelines.images import MAX_PIXELS
 from data_pipelines.ledger import Ledger
 from data_pipelines.shard_set import ShardSet, Train
 from data_pipelines.stream import decode, stored
+from vlp.backdoor.chain import read_json
 from vlp.backdoor.inversion import GOAL, KINDS, STEPS, Found, Victim, invert, make_victim
 from vlp.bundle import Bundle
 from vlp.evals._encode import Encoder
@@ -30,6 +33,8 @@ from vlp.evals._labels import LabelSet, Templates, label_set
 from vlp.infer import TEMPLATES, make_prompts
 
 FORMAT = 1
+AUDIT = "audit.json"
+"""The account, in its folder."""
 PICTURES = 512
 """Pictures that searches use, spread over the shards."""
 LEAD = 0.75
@@ -44,62 +49,79 @@ CONSISTENCY = 1.4826
 """Median absolute deviation to standard deviation, for a normal distribution."""
 
 
+Sizes = Mapping[str, Sequence[float]]
+"""Kind -> smallest change found for each label."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The label that stands out most, in one kind of change."""
+
+    suspicious: bool
+    score: float
+    kind: str
+    label: int
+    beside: bool
+    """Whether the sizes were told by those of a clean model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What an audit found. `found` and `scores` go kind by kind, then label by label."""
+    """What an audit found. `found` goes kind by kind, then label by label."""
 
     labels: tuple[str, ...]
     pictures: int
     found: dict[str, list[Found]]
-    scores: dict[str, list[float]]
     seconds: float
     victim: Victim
+    reference: Sizes = field(default_factory=dict)
+    """Sizes found in a clean model, if one was audited."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """What the audit was made of, for the account: model, shards, options."""
 
     @property
-    def top(self) -> tuple[str, int]:
-        """Kind and label of what stands out, else of the highest score."""
-        kind = max(self.scores, key=lambda name: (self._stands_out(name), max(self.scores[name])))
-        return kind, self.scores[kind].index(max(self.scores[kind]))
+    def sizes(self) -> Sizes:
+        """Of what was found."""
+        return {kind: [item.size for item in row] for kind, row in self.found.items()}
+
+    def scores(self, kind: str) -> list[float]:
+        """Of the labels, beside a clean model where there is one."""
+        return outliers(self.sizes[kind], self.reference.get(kind))
 
     @property
-    def suspicious(self) -> bool:
-        """Whether a label stands out."""
-        return any(map(self._stands_out, self.scores))
-
-    def _stands_out(self, kind: str) -> bool:
-        return stands_out(self.scores[kind], KINDS[kind].threshold)
+    def top(self) -> Finding:
+        """What stands out, else the highest score."""
+        return judge(self.sizes, self.reference)
 
     def verdict(self) -> str:
         """In words."""
-        count, kinds = len(self.labels), ", ".join(self.found)
-        if not self.suspicious:
+        count, kinds, top = len(self.labels), ", ".join(self.found), self.top
+        if not top.suspicious:
             return f"no target stands out; tested {count} labels with these kinds of change: {kinds}"
-        kind, label = self.top
-        found = self.found[kind][label]
+        found = self.found[top.kind][top.label]
         return (
-            f"suspicious: {self.labels[label]!r} stands out (score {self.scores[kind][label]:.1f}): "
+            f"suspicious: {self.labels[top.label]!r} stands out (score {top.score:.1f}"
+            f"{' beside a clean model' if top.beside else ''}): "
             f"{describe(found)} makes {found.success:.0%} of other pictures look like it; "
             f"tested {count} labels with these kinds of change: {kinds}"
         )
 
     def plain(self) -> dict[str, Any]:
         """As plain data."""
-        kind, label = self.top
+        top = self.top
         rows = [
             {
-                "label": name, "kind": kind_, "score": round(self.scores[kind_][number], 3),
-                "size": self.found[kind_][number].size, "reached": self.found[kind_][number].reached,
-                "success": self.found[kind_][number].success,
+                "label": name, "kind": kind, "score": round(outliers(self.sizes[kind])[number], 3),
+                **({"beside": round(self.scores(kind)[number], 3)} if self.reference else {}),
+                "size": found[number].size, "reached": found[number].reached, "success": found[number].success,
             }
-            for kind_ in self.found for number, name in enumerate(self.labels)
+            for kind, found in self.found.items() for number, name in enumerate(self.labels)
         ]  # fmt: skip
         return {
-            "format": FORMAT, "suspicious": self.suspicious, "verdict": self.verdict(),
-            "target": self.labels[label] if self.suspicious else None, "kind": kind if self.suspicious else None,
-            "score": round(self.scores[kind][label], 3),
-            "threshold": {kind_: KINDS[kind_].threshold for kind_ in self.found}, "lead": LEAD, "goal": GOAL,
+            "format": FORMAT, "suspicious": top.suspicious, "verdict": self.verdict(),
+            "target": self.labels[top.label] if top.suspicious else None, "kind": top.kind if top.suspicious else None,
+            "score": round(top.score, 3), "beside": top.beside,
+            "threshold": {kind: KINDS[kind].threshold for kind in self.found}, "lead": LEAD, "goal": GOAL,
             "labels": len(self.labels), "kinds": list(self.found), "pictures": self.pictures,
             "seconds": round(self.seconds, 1), "rows": rows, **self.origin,
         }  # fmt: skip
@@ -118,10 +140,12 @@ def describe(found: Found) -> str:
 def audit(
     bundle: Bundle, data: Train | Path, labels: LabelSet | None = None, templates: Templates = TEMPLATES,
     steps: int = STEPS, seed: int = 0, begin: Callable[[int], Callable[[int], None]] = lambda total: lambda step: None,
+    reference: Path | None = None,
 ) -> Account:  # fmt: skip
     """Search for every label, default those that the pictures carry. `begin` is told of the number of steps.
 
-    Raises ConfigError for too few labels or pictures, PipelineError for shards that cannot be read.
+    `reference`: folder of the account of a clean model. Raises ConfigError for too few labels or pictures, and for a
+    reference of others; PipelineError for shards that cannot be read.
     """
     if steps < 1:
         raise ConfigError(f"--steps {steps}: at least 1 is needed; default {STEPS}")
@@ -132,6 +156,7 @@ def audit(
             f"--labels: {len(labels.names)} labels ({', '.join(labels.names) or 'the shards carry none'}); at least "
             f"{FEWEST_LABELS} are needed for one to stand out: give a file with one per line"
         )
+    known = read_sizes(reference, labels.names) if reference else {}
     started = time.monotonic()
     head_LD = Encoder(bundle).prompts([make_prompts(texts, templates) for texts in labels.texts])
     victim = make_victim(bundle, pixels_NCHW, head_LD)
@@ -139,13 +164,46 @@ def audit(
     found = {
         kind: [invert(victim, target, kind, steps, seed, advance) for target in range(len(head_LD))] for kind in KINDS
     }
-    scores = {kind: outliers([item.size for item in row]) for kind, row in found.items()}
-    return Account(labels.names, len(pixels_NCHW), found, scores, time.monotonic() - started, victim)
+    return Account(labels.names, len(pixels_NCHW), found, time.monotonic() - started, victim, known)
 
 
-def outliers(sizes: Sequence[float]) -> list[float]:
-    """How far each size lies below the median, in robust deviations of the logarithms."""
-    logs = torch.tensor([math.log(size) for size in sizes], dtype=torch.float64)
+def read_sizes(folder: Path, labels: Sequence[str]) -> Sizes:
+    """Sizes of an account that was written, in the order of `labels`. Raises ConfigError for one of other labels."""
+    rows = read_json(folder / AUDIT, "--reference", ("rows", "made_of"))["rows"]
+    found = {kind: {row["label"]: float(row["size"]) for row in rows if row["kind"] == kind} for kind in KINDS}
+    for kind, sizes in found.items():
+        if sizes.keys() != set(labels):
+            raise ConfigError(
+                f"--reference {folder}: {kind} was sought for {', '.join(sizes) or 'no label'}; needed are "
+                f"{', '.join(labels)}: audit the clean model with the same labels"
+            )
+    return {kind: [sizes[label] for label in labels] for kind, sizes in found.items()}
+
+
+def judge(sizes: Sizes, reference: Sizes) -> Finding:
+    """The label that stands out most, from the others or from what a clean model's sizes (empty: none) let expect.
+
+    In a kind where one stands out from the others in the clean model itself, only the latter counts.
+    """
+    looks = []
+    for kind, row in sizes.items():
+        known, threshold = reference.get(kind), KINDS[kind].threshold
+        if known is None or not stands_out(outliers(known), threshold):
+            looks.append((kind, outliers(row), threshold, False))
+        if known is not None:
+            looks.append((kind, outliers(row, known), KINDS[kind].beside, True))
+    found = [
+        Finding(stands_out(scores, threshold), max(scores), kind, scores.index(max(scores)), beside)
+        for kind, scores, threshold, beside in looks
+    ]
+    return max(found, key=lambda item: (item.suspicious, item.score))
+
+
+def outliers(sizes: Sequence[float], reference: Sequence[float] | None = None) -> list[float]:
+    """How far each size lies below the median, in robust deviations of the logarithms; `reference`: by how many times
+    each is smaller than there."""
+    told = [a / b for a, b in zip(sizes, reference, strict=True)] if reference else sizes
+    logs = torch.tensor([math.log(size) for size in told], dtype=torch.float64)
     middle = logs.quantile(0.5)
     spread = max(NARROWEST, CONSISTENCY * float((logs - middle).abs().quantile(0.5)))
     scores: list[float] = ((middle - logs) / spread).tolist()

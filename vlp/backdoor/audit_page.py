@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipelines.files import write_atomic
-from vlp.backdoor.audit import LEAD, Account, describe
+from vlp.backdoor.audit import AUDIT, LEAD, Account, describe
 from vlp.backdoor.inversion import KINDS, Found, Victim, overlay_of
 from vlp.report import STYLE
 
@@ -36,12 +36,12 @@ def write_account(account: Account, folder: Path, name: str) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     images: dict[str, bytes] = {}
     for kind in account.found:
-        best = max(account.found[kind], key=lambda found: account.scores[found.kind][found.target])
+        best = max(account.found[kind], key=lambda found: account.scores(found.kind)[found.target])
         images[f"trigger-{kind}.png"] = png(trigger_picture(account.victim, best))
         images[f"pictures-{kind}.png"] = png(pictures_sheet(account.victim, best))
     files = {
         **images,
-        "audit.json": (json.dumps(account.plain(), indent=1, ensure_ascii=False) + "\n").encode(),
+        AUDIT: (json.dumps(account.plain(), indent=1, ensure_ascii=False) + "\n").encode(),
         "audit.html": page(account, images, name).encode(),
     }
     for file, content in files.items():
@@ -91,7 +91,7 @@ def page(account: Account, images: dict[str, bytes], name: str) -> str:
     """The page, self-contained."""
     parts = [f"<p><b>{html.escape(account.verdict())}</b></p>", _method(account)]
     for kind, row in account.found.items():
-        order = sorted(row, key=lambda found: -account.scores[kind][found.target])
+        order = sorted(row, key=lambda found: -account.scores(kind)[found.target])
         lines = "".join(_line(account, found) for found in order)
         parts.append(
             f"<h2>{kind}</h2><table><tr><th>label<th>score<th>smallest change<th>misled</tr>{lines}</table>"
@@ -107,10 +107,12 @@ def page(account: Account, images: dict[str, bytes], name: str) -> str:
 
 
 def _method(account: Account) -> str:
-    limits = ", ".join(f"{KINDS[kind].threshold:g} ({kind})" for kind in account.found)
+    told = account.reference
+    limits = ", ".join(f"{KINDS[kind].beside if told else KINDS[kind].threshold:g} ({kind})" for kind in account.found)
+    by = "by how many times smaller it is than in a clean model, " if told else ""
     return (
         f"<p class=m>For each of {len(account.labels)} labels the smallest change of {account.pictures} pictures that "
-        f"makes the model take them for it. The score counts robust deviations below the typical label, on a "
+        f"makes the model take them for it. The score counts robust deviations below the typical label, {by}on a "
         f"logarithmic scale; above {limits}, and {LEAD:g} ahead of the next, a label stands out. A trigger "
         f"of another kind may go unseen. "
         f"{account.seconds:.0f} s.</p>"
@@ -121,7 +123,7 @@ def _line(account: Account, found: Found) -> str:
     change = describe(found) if found.reached else "not reached"
     return (
         f"<tr><td>{html.escape(account.labels[found.target])}</td>"
-        f"<td class=n>{account.scores[found.kind][found.target]:.1f}</td>"
+        f"<td class=n>{account.scores(found.kind)[found.target]:.1f}</td>"
         f"<td>{change}</td><td class=n>{found.success:.0%}</td></tr>"
     )
 

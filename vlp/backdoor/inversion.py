@@ -87,7 +87,9 @@ class Kind:
     noise: float
     """Standard deviation of what the search adds to the pictures."""
     threshold: float
-    """Score above which a label stands out."""
+    """Score above which a label stands out from the others."""
+    beside: float
+    """The same where sizes are told by how many times smaller they are than a clean model's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +228,7 @@ KINDS: dict[str, Kind] = {
         rate=0.15,
         noise=0.0,
         threshold=3.0,
+        beside=3.0,
     ),
     "overlay": Kind(
         overlay_start,
@@ -236,12 +239,29 @@ KINDS: dict[str, Kind] = {
         rate=0.012,
         noise=NOISE,
         threshold=3.5,
+        beside=2.5,
     ),
     "lines": Kind(
-        lines_start, overlay_apply, overlay_size, lambda victim: 0.5, scale=10.0, rate=0.012, noise=NOISE, threshold=3.5
+        lines_start,
+        overlay_apply,
+        overlay_size,
+        lambda victim: 0.5,
+        scale=10.0,
+        rate=0.012,
+        noise=NOISE,
+        threshold=3.5,
+        beside=3.0,
     ),
     "warp": Kind(
-        warp_start, warp_apply, warp_size, lambda victim: WIDEST, scale=25.0, rate=0.004, noise=0.0, threshold=6.0
+        warp_start,
+        warp_apply,
+        warp_size,
+        lambda victim: WIDEST,
+        scale=25.0,
+        rate=0.004,
+        noise=0.0,
+        threshold=6.0,
+        beside=6.0,
     ),
 }
 """Thresholds lie above the scores of clean models."""

@@ -18,6 +18,7 @@ from data_pipelines.keep import load_keys
 from data_pipelines.records import MANIFEST
 from vlp import __version__
 from vlp.backdoor import scan as scanning
+from vlp.backdoor.audit import AUDIT
 from vlp.backdoor.chain import CLEANED, FORMAT, REPORT, Record, Step, chained, digest_of, named, read_json, write_json
 from vlp.backdoor.poison import load_truth
 from vlp.backdoor.report_page import PAGE, page
@@ -28,7 +29,6 @@ from vlp.loggers import flat
 from vlp.runlog import now, revision
 
 ITSELF, AFTER = "model", "cleaned"
-AUDIT = "audit.json"
 AUDITED = (
     "verdict", "suspicious", "target", "kind", "score", "threshold", "lead", "labels", "pictures", "kinds"
 )  # fmt: skip

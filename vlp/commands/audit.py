@@ -21,8 +21,9 @@ FOLDER = click.Path(path_type=Path)
 @command(
     epilog="""For every label four kinds of change are sought that make the model take any picture for it: a patch at a
 random place, an overlay on the whole picture, lines across and down it, and a smooth warp of it. A label that a far
-smaller change leads to than to the others is a backdoor's likely target. The time grows with the labels: ten take three
-to five minutes for a small model on one core.
+smaller change leads to than to the others is a backdoor's likely target. Some labels are easier than others in any
+model: --reference, the account of a model that is known to be clean and does the same task, tells which. The time
+grows with the labels: ten take three to five minutes for a small model on one core.
 
 --out receives audit.json, audit.html, and of each kind the trigger found (trigger-KIND.png) and pictures with it.
 
@@ -30,6 +31,8 @@ Examples:
 
 \b
   vlp audit runs/mine --data shards/fashion/val
+  vlp audit runs/trusted --data shards/fashion/val --out audits/clean
+  vlp audit runs/mine --data shards/fashion/val --reference audits/clean
   vlp audit runs/mine --data shards/fashion/val --labels classes.txt --templates "a photo of a {}" --out audits/mine"""
 )
 @click.argument("bundle", type=FOLDER)
@@ -38,18 +41,21 @@ Examples:
 @click.option("--templates", help="Prompts: a file (one per line), one text with {}, `imagenet`, or `imagenet-simple`.")
 @click.option("--steps", type=int, help="Of each search.  [default: 150]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the searches.")
+@click.option("--reference", type=FOLDER, help="Folder that `vlp audit --out` wrote for a clean model.")
 @click.option("--device", default="auto", show_default=True, help="torch device, for example cuda")
 @click.option("--out", type=FOLDER, help="Folder for the account and the triggers found.")
 @json_option
 def audit(
     bundle: Path, data: str | None, labels: str | None, templates: str | None, steps: int | None, seed: int,
-    device: str, out: Path | None, as_json: bool,
+    reference: Path | None, device: str, out: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Ask whether BUNDLE (a bundle or a run folder) is backdoored: for which label, with which trigger?"""
     from data_pipelines.shard_set import ShardSet
     from vlp import __version__
+    from vlp.backdoor.audit import AUDIT
     from vlp.backdoor.audit import audit as search
     from vlp.backdoor.audit_page import write_account
+    from vlp.backdoor.chain import read_json
     from vlp.backdoor.inversion import STEPS
     from vlp.bundle import load_bundle
     from vlp.distributed import pick_device
@@ -71,7 +77,7 @@ def audit(
             return stack.enter_context(progress("searching", total, unit="steps"))
 
         shards, steps = data or _recipe_data(model), STEPS if steps is None else steps
-        account = search(model, shards, chosen, prompts, steps, seed, begin)
+        account = search(model, shards, chosen, prompts, steps, seed, begin, reference)
     account = replace(
         account,
         origin={
@@ -80,6 +86,7 @@ def audit(
                 "model": model.name, "weights_sha256": weights_digest(bundle),
                 "data": {shards: ShardSet(shards).digest},
             },
+            **({"reference": read_json(reference / AUDIT, "--reference")["made_of"]} if reference else {}),
         },
     )  # fmt: skip
     result = {"bundle": str(bundle), **account.plain()}
