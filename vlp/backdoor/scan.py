@@ -183,7 +183,10 @@ def unlikeness(pictures: Pictures) -> Tensor:
     """N: how unlike a picture and its first caption are, 0 to 2; that of a sample without caption is the median."""
     parts = []
     for (image_ND, table), text_ND in zip(pictures.parts, pictures.texts, strict=True):
-        product_N = np.einsum("nd,nd->n", image_ND.astype(np.float32), text_ND.astype(np.float32))
+        runs = [slice(run.start, run.stop) for run in cut(len(image_ND), BLOCK)]
+        product_N = np.concatenate([
+            np.einsum("nd,nd->n", image_ND[run].astype(np.float32), text_ND[run].astype(np.float32)) for run in runs
+        ])  # fmt: skip
         said_N = pc.greater(pc.utf8_length(read_columns(table, ["caption"]).column(0)), 0).to_numpy()
         parts.append(np.where(said_N, 1.0 - product_N, np.nan).astype(np.float32))
     found_N = torch.from_numpy(np.concatenate(parts))
