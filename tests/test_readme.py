@@ -31,7 +31,7 @@ README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encodi
 BLOCKS = readme_blocks.blocks(README)
 WALK = "Your own data in 15 minutes"
 OPEN = {"Objectives and claims"}
-"""Sections that have not been typed to their end yet: `make prove-docs ONLY="Objectives and claims"`, then take it out."""
+"""Sections that have not been typed to their end yet: `make prove-docs ONLY="Objectives and claims"` first."""
 
 
 def test_generated_parts_are_fresh() -> None:
