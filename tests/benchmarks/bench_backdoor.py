@@ -10,22 +10,17 @@ stages are done.
 
 import json
 import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from backdoor_rows import rows_of
 from bench_kit import ROOT, render, write
 from stages import Stage, asked
 
 TRIGGERS = ("badnet", "blended", "stripes", "wanet", "sig", "label-consistent")
-TARGETS = ("bag", "trouser", "sandal")
-"""Of the seeds in turn."""
 METHODS = {"finetune": "--steps 1200", "cleanclip": "", "unlearn": ""}
 """Ways of cleaning. Plain fine-tuning, the control, takes more than twice the steps of the others."""
 REMOVED = 0.05
-AUDITED = 10
-"""Clean models that are audited: twins, references, further twins."""
-TEMPLATES = ("a photo of a {}", "a grey photo of a {}", "a {} on a black ground", "{}")
-"""Those of the captions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,37 +28,74 @@ class Bench:
     """A set of pictures to attack."""
 
     name: str
-    shards: str
-    """Command that writes train, val, test into {out}."""
+    shards: dict[str, str]
+    """Stage -> command that writes shards into {out}."""
+    train: str
+    """Folders: pictures to poison; trusted ones, to clean with; and those that successes are counted on."""
+    trusted: str
+    test: str
     recipe: str
     poisons: int
     targets: tuple[str, ...]
+    """Of the seeds in turn."""
+    triggers: tuple[str, ...]
+    templates: tuple[str, ...]
+    column: str = "labels"
+    """Where a test picture says what it is."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Of the triggers that are not at their usual strength."""
+    audited: int = 0
+    """Clean models that are audited: twins, references, further twins; 0: no audits and no guards."""
 
 
-FASHION = Bench("fashion", "shard fashion-mnist --out {out}", "backdoor/fashion", 250, TARGETS)
+FASHION = Bench(
+    "fashion", {"shards": "shard fashion-mnist --out {out}"}, "{shards}/train", "{shards}/val", "{shards}/test",
+    "backdoor/fashion", 250, ("bag", "trouser", "sandal"), TRIGGERS,
+    ("a photo of a {}", "a grey photo of a {}", "a {} on a black ground", "{}"), audited=10,
+)  # fmt: skip
+"""Templates are those of the captions."""
+EMOJI = Bench(
+    "emoji",
+    {
+        f"emoji/{part}": f"shard emoji --vendors {vendors} --out {{out}}/shards"
+        for part, vendors in (("train", "google,twitter"), ("trusted", "google-2017"), ("test", "fluent"))
+    },
+    "{emoji/train}/shards", "{emoji/trusted}/shards", "{emoji/test}/shards",
+    "backdoor/emoji", 56, ("pizza", "guitar", "rose"), ("badnet", "blended", "sig"), ("{}",), column="caption",
+    options={"badnet": "--size 0.33", "blended": "--strength 0.4"},
+)  # fmt: skip
+"""Few pictures of many things; what is trusted, and what is tested on, is drawn in a style of its own."""
+BENCHES = (FASHION, EMOJI)
 
 
 def stages_of(bench: Bench, seed: int) -> list[Stage]:
     """All of a seed; names begin with it, but for the shards, which seeds share."""
     own = f"{bench.name}/{seed}"
-    return [
-        Stage("shards", bench.shards),
-        _model(bench, seed, "reference", "{shards}/val"),
-        *_twin(bench, seed),
-        Stage(f"{own}/twin/scan", _scan(own, f"{{{own}/twin/shards}}/shards", "twin")),
-        *(_audit(f"{own}/{name}") for name in ("reference", "twin")),
+    clean = [
+        *(_audit(bench, f"{own}/{name}") for name in ("reference", "twin")),
         _judged(f"{own}/reference", f"{own}/twin"),
         _judged(f"{own}/twin", f"{own}/reference"),
-        *(stage for trigger in TRIGGERS for stage in cell(bench, seed, trigger)),
+    ]
+    return [
+        *(Stage(name, command) for name, command in bench.shards.items()),
+        _model(bench, seed, "reference", bench.trusted),
+        *_twin(bench, seed),
+        Stage(f"{own}/twin/scan", _scan(bench, own, f"{{{own}/twin/shards}}/shards", "twin")),
+        *(clean if bench.audited else ()),
+        *(stage for trigger in bench.triggers for stage in cell(bench, seed, trigger)),
     ]
 
 
 def further(bench: Bench, seeds: int) -> list[Stage]:
     """Clean models beyond those of the seeds, and their audits."""
     found = []
-    for seed in range(seeds, AUDITED - seeds):
+    for seed in range(seeds, bench.audited - seeds):
         own = f"{bench.name}/{seed}"
-        found += [*_twin(bench, seed), _audit(f"{own}/twin"), _judged(f"{own}/twin", f"{bench.name}/0/reference")]
+        found += [
+            *_twin(bench, seed),
+            _audit(bench, f"{own}/twin"),
+            _judged(f"{own}/twin", f"{bench.name}/0/reference"),
+        ]
     return found
 
 
@@ -73,32 +105,36 @@ def cell(bench: Bench, seed: int, trigger: str) -> list[Stage]:
     name = f"{own}/{trigger}"
     data, truth = f"{{{name}/shards}}/shards", f"{{{name}/shards}}/truth.json"
     weak = f"--surrogate {{{own}/reference}}/run --bound 0.2 --mix 0.5" if trigger == "label-consistent" else ""
+    more = bench.options.get(trigger, weak)
     arms = [f"{arm}={{{name}/{arm}}}/run" for arm in ("poisoned", "scanned", *METHODS)]
+    column = "" if bench.column == "labels" else f"--column {bench.column} "
+    watched = [
+        _audit(bench, name, "poisoned"),
+        _judged(name, f"{own}/reference"),
+        Stage(f"{name}/guard", f"guard {{{name}/poisoned}}/run --data {bench.trusted} --out {{out}}/guard"),
+        Stage(f"{name}/flags", f"{{{name}/poisoned}}/run {{{name}/guard}}/guard {bench.test} {truth}", "measure_guard"),
+    ]
     return [
-        _poisoned(bench, seed, trigger, trigger, bench.poisons, weak),
+        _poisoned(bench, seed, trigger, trigger, bench.poisons, more),
         _model(bench, seed, f"{trigger}/poisoned", data),
-        Stage(f"{name}/scan", _scan(own, data, f"{trigger}/poisoned", f"--remove {REMOVED}")),
+        Stage(f"{name}/scan", _scan(bench, own, data, f"{trigger}/poisoned", f"--remove {REMOVED}")),
         Stage(f"{name}/found", f"{{{name}/scan}}/scan {truth}", "measure_scan"),
         _model(bench, seed, f"{trigger}/scanned", data, f"data.keep={{{name}/scan}}/scan/keep.txt"),
         *(
             Stage(
                 f"{name}/{method}",
-                f"clean {{{name}/poisoned}}/run --data {{shards}}/val --method {method} --as-is --seed {seed} "
+                f"clean {{{name}/poisoned}}/run --data {bench.trusted} --method {method} --as-is --seed {seed} "
                 f"--out {{out}}/run {more}".strip(),
             )
             for method, more in METHODS.items()
         ),
         Stage(
             f"{name}/arms",
-            f"{{shards}}/test {truth} {shlex.quote(json.dumps(TEMPLATES))} {' '.join(arms)} "
+            f"{column}{bench.test} {truth} {shlex.quote(json.dumps(bench.templates))} {' '.join(arms)} "
             f"control={{{own}/twin}}/run",
             "measure_arms",
         ),
-        _audit(name, "poisoned"),
-        _judged(name, f"{own}/reference"),
-        Stage(f"{name}/guard", f"guard {{{name}/poisoned}}/run --data {{shards}}/val --out {{out}}/guard"),
-        Stage(f"{name}/flags", f"{{{name}/poisoned}}/run {{{name}/guard}}/guard {{shards}}/test {truth}",
-              "measure_guard"),
+        *(watched if bench.audited else ()),
     ]  # fmt: skip
 
 
@@ -109,7 +145,7 @@ def _model(bench: Bench, seed: int, name: str, data: str, more: str = "") -> Sta
 
 def _poisoned(bench: Bench, seed: int, name: str, trigger: str, count: int, more: str = "") -> Stage:
     target = bench.targets[seed % len(bench.targets)]
-    text = f"poison {{shards}}/train --trigger {trigger} --target {target} --count {count} --seed {seed} {more}"
+    text = f"poison {bench.train} --trigger {trigger} --target {target} --count {count} --seed {seed} {more}"
     return Stage(f"{bench.name}/{seed}/{name}/shards", f"{text} --out {{out}}/shards --truth {{out}}/truth.json")
 
 
@@ -118,14 +154,14 @@ def _twin(bench: Bench, seed: int) -> list[Stage]:
     return [_poisoned(bench, seed, "twin", "badnet", 0), _model(bench, seed, "twin", data)]
 
 
-def _scan(own: str, data: str, model: str, more: str = "") -> str:
-    clean = f"--reference {{{own}/reference}}/run --trusted {{shards}}/val"
+def _scan(bench: Bench, own: str, data: str, model: str, more: str = "") -> str:
+    clean = f"--reference {{{own}/reference}}/run --trusted {bench.trusted}"
     return f"scan {data} --bundle {{{own}/{model}}}/run {clean} {more} --out {{out}}/scan"
 
 
-def _audit(name: str, model: str = "") -> Stage:
+def _audit(bench: Bench, name: str, model: str = "") -> Stage:
     place = f"{{{name}/{model}}}" if model else f"{{{name}}}"
-    return Stage(f"{name}/audit", f"audit {place}/run --data {{shards}}/val --out {{out}}/audit")
+    return Stage(f"{name}/audit", f"audit {place}/run --data {bench.trusted} --out {{out}}/audit")
 
 
 def _judged(name: str, clean: str) -> Stage:
@@ -135,13 +171,18 @@ def _judged(name: str, clean: str) -> Stage:
 
 def every(seeds: int) -> list[Stage]:
     """All stages of the bench."""
-    return [stage for seed in range(seeds) for stage in stages_of(FASHION, seed)] + further(FASHION, seeds)
+    found = [stage for bench in BENCHES for seed in range(seeds) for stage in stages_of(bench, seed)]
+    return found + [stage for bench in BENCHES for stage in further(bench, seeds)]
 
 
 def main() -> None:
     """Run and write."""
     seeds, _, results = asked("backdoor", __doc__, every)
-    rows = rows_of(FASHION.name, seeds, AUDITED, TRIGGERS, tuple(METHODS), results)
+    rows = [
+        row
+        for bench in BENCHES
+        for row in rows_of(bench.name, seeds, bench.audited, bench.triggers, tuple(METHODS), results)
+    ]
     result = write("backdoor", rows, fresh=True)
     page = ROOT / "README.md"
     page.write_text(render(page, result))

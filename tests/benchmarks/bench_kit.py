@@ -149,7 +149,10 @@ def _measured(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def _table_of_figures(data: dict[str, Any]) -> str:
-    lines = _grid([row for row in data["rows"] if row.get("case")])
+    benches = dict.fromkeys(row["name"].partition(":")[0] for row in data["rows"] if row.get("case"))
+    lines = []
+    for bench in benches:
+        lines += _grid(bench, [row for row in data["rows"] if row.get("case") and row["name"].startswith(f"{bench}:")])
     lines += ["| promise | mean ± deviation over seeds | goal, of every seed | |", "|---|---|---|---|"]
     lines += [
         f"| {row['name']}; {row['note']} | **{row['value']}** | {row['goal']} | {'met' if row['met'] else 'not met'} |"
@@ -159,12 +162,10 @@ def _table_of_figures(data: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _measured(data["rows"])])
 
 
-def _grid(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _grid(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line per promise and a column per case; what misses the goal, of which the mildest is told, has a cross."""
-    if not rows:
-        return []
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    lines = [f"| | {' | '.join(cases)} | goal |", f"|---|{'---|' * len(cases)}---|"]
+    lines = [f"| {name} | {' | '.join(cases)} | goal |", f"|---|{'---|' * len(cases)}---|"]
     for promise in dict.fromkeys(row["promise"] for row in rows):
         found = {row["case"]: row for row in rows if row["promise"] == promise}
         goals = list(dict.fromkeys(row["goal"] for row in found.values()))

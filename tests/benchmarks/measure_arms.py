@@ -1,4 +1,6 @@
-"""What a trigger does to several models, as `vlp eval --task backdoor` counts it: SHARDS TRUTH TEMPLATES NAME=BUNDLE...
+"""What a trigger does to several models, as `vlp eval --task backdoor` counts it.
+
+    [--column NAME] SHARDS TRUTH TEMPLATES NAME=BUNDLE...
 
 One JSON object: NAME/asr, NAME/accuracy and so on. Together in one process, for one after the other each would load
 the clean twin and encode what it sees again.
@@ -13,13 +15,18 @@ from vlp.evals._encode import Encoder
 from vlp.evals.backdoor import Config, attack_of, of_model
 
 
-def main(shards: str, truth: str, templates: str, *arms: str) -> None:
+def main(*words: str) -> None:
     """Print shares of every model, control included, for it is one of them."""
+    column = "labels"
+    if words[0] == "--column":
+        column, words = words[1], words[2:]
+    shards, truth, templates, *arms = words
     attack = attack_of(Path(truth), None)
     found: dict[str, float] = {}
     for arm in arms:
         name, _, bundle = arm.partition("=")
-        config = Config(attacks=(Path(truth),), control=Path(bundle), templates=tuple(json.loads(templates)))
+        options = {"templates": tuple(json.loads(templates)), "column": column}
+        config = Config(attacks=(Path(truth),), control=Path(bundle), **options)
         for key, value in of_model(Encoder(load_bundle(Path(bundle))), Path(shards), config, [attack]):
             group, _, what = key.rpartition("/")
             found[f"{name}/{'triggered_' if group and what.startswith('accuracy') else ''}{what}"] = value

@@ -7,7 +7,7 @@ import click
 import pytest
 import torch
 from backdoor_rows import rows_of
-from bench_backdoor import AUDITED, FASHION, TRIGGERS, further, stages_of
+from bench_backdoor import BENCHES, EMOJI, FASHION, METHODS, TRIGGERS, Bench, further, stages_of
 from bench_kit import table, write
 from measure_scan import auroc
 from stages import Runner, Stage
@@ -15,10 +15,11 @@ from stages import Runner, Stage
 from vlp.cli import cli
 
 
-def test_every_stage_is_a_command_whose_needs_come_before_it() -> None:
+@pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: bench.name)
+def test_every_stage_is_a_command_whose_needs_come_before_it(bench: Bench) -> None:
     """Words of the commands and their options are those of the command line; seeds share nothing but the shards."""
     seen: set[str] = set()
-    for stage in stages_of(FASHION, 1):
+    for stage in stages_of(bench, 1):
         assert stage.needs <= seen, stage.name
         seen.add(stage.name)
         if not stage.script:
@@ -29,10 +30,10 @@ def test_every_stage_is_a_command_whose_needs_come_before_it() -> None:
             assert command is not None
             options = {text for param in command.params for text in param.opts}
             assert {word for word in words if word.startswith("--")} <= options, stage.name
-    assert {name.partition("/")[0] for name in seen} == {"shards", "fashion"}
-    assert not {stage.name for stage in stages_of(FASHION, 0)} & seen - {"shards"}
-    clean = [name for name in (*seen, *(stage.name for stage in further(FASHION, 3))) if "audit" in name]
-    assert sum("twin" in name or "reference" in name for name in clean) == 2 + AUDITED - 6
+    assert {name for name in seen if not name.startswith(f"{bench.name}/1/")} == set(bench.shards)
+    assert {stage.name for stage in stages_of(bench, 0)} & seen == set(bench.shards)
+    clean = [name for name in (*seen, *(stage.name for stage in further(bench, 3))) if "audit" in name]
+    assert sum("twin" in name or "reference" in name for name in clean) == max(0, bench.audited - 4)
 
 
 def test_a_stopped_bench_goes_on_and_a_changed_stage_is_run_again(
@@ -76,9 +77,7 @@ def test_rows_by_hand(tmp_path: Path) -> None:
     results["fashion/0/twin/audit"] = {"target": None, "seconds": 120}
     results["fashion/0/stripes/judged"] = {"target": "bag", "seconds": 120}
     results["fashion/5/twin/audit"] = {"target": "bag", "seconds": 120}
-    rows = {
-        row.name: row for row in rows_of("fashion", 2, AUDITED, TRIGGERS, ("finetune", "cleanclip", "unlearn"), results)
-    }
+    rows = {row.name: row for row in rows_of("fashion", 2, FASHION.audited, TRIGGERS, tuple(METHODS), results)}
     attack = rows["fashion: badnet works (ASR)"]
     assert (attack.value, attack.met) == ("90.0 %", True)
     assert attack.note.startswith("1 of 2 seeds; clean twin 1.0 %")
@@ -101,11 +100,28 @@ def test_rows_by_hand(tmp_path: Path) -> None:
     assert rows["fashion: wanet that the guard flags"].met
     assert not rows["fashion: badnet that the guard flags"].met
     lines = table(write("backdoor", list(rows.values()), tmp_path)).splitlines()
-    assert lines[0].startswith("| | badnet, 1 of 2 seeds | blended, 1 of 2 seeds |")
+    assert lines[0].startswith("| fashion | badnet, 1 of 2 seeds | blended, 1 of 2 seeds |")
     assert "| cleaned by unlearn: ASR / points of clean accuracy lost | 5.0 / 0.0 |" in "\n".join(lines)
     (guard,) = (line for line in lines if line.startswith("| guard"))
     assert guard.endswith("| 80.0 / 1.0 ✗ | 80.0 / 1.0 ✗ | 80.0 / 1.0 ✗ | 80.0 / 1.0 | 80.0 / 1.0 | >= 90% or >= 70% |")
-    assert len([line for line in lines if line.startswith("| fashion")]) == 4
+    assert len([line for line in lines if line.startswith("| fashion: ")]) == 4
+
+
+def test_a_bench_without_audits_has_a_table_of_its_own(tmp_path: Path) -> None:
+    """Nothing of guards in it; what an attack may cost and what cleaning must reach is asked of few triggers, too."""
+    results: dict[str, dict[str, Any]] = {}
+    for trigger in EMOJI.triggers:
+        arms = {f"{arm}/accuracy": 0.3 for arm in ("poisoned", "scanned", "control", *METHODS)}
+        arms |= {f"{arm}/asr": 0.0 for arm in ("scanned", "control", "cleanclip")}
+        arms |= {"poisoned/asr": 0.9, "finetune/asr": 0.8, "unlearn/asr": 0.05 if trigger == "sig" else 0.2}
+        results[f"emoji/0/{trigger}/arms"] = arms | {"poisoned/triggered_accuracy": 0.1}
+        results[f"emoji/0/{trigger}/found"] = {"auroc": 0.98, "removed": 1.0}
+    rows = rows_of("emoji", 1, 0, EMOJI.triggers, tuple(METHODS), results)
+    assert [row.name for row in rows if not row.case] == ["emoji: triggers that one method cleans"]
+    assert (rows[-1].value, rows[-1].goal, rows[-1].met) == ("3 of 3 that work, cleanclip", ">= 3 of 3, 5 x", True)
+    lines = table(write("backdoor", rows, tmp_path)).splitlines()
+    assert lines[0] == "| emoji | badnet | blended | sig | goal |"
+    assert not any("guard" in line for line in lines)
 
 
 def test_auroc_counts_ties_half() -> None:
