@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
 from data_pipelines.errors import ConfigError, PipelineError
 from data_pipelines.folders import read_members, read_rows, reason
-from data_pipelines.parquet import read_columns
 from data_pipelines.pictures import WriteOptions
 from data_pipelines.records import Record
 from data_pipelines.shards import Pools
@@ -132,8 +130,7 @@ def show(out: Path | str, key: str) -> tuple[dict[str, Any], str, bytes]:
     for split, name in parquets(store):
         if (wanted_split and split != wanted_split) or not bare.startswith(name):
             continue
-        table = read_columns(store.read(join(split, f"{name}.parquet")))
-        rows = table.filter(pc.field("key") == bare).to_pylist()
+        rows = [row for row in read_rows(store, split, name) if row["key"] == bare]
         if rows:
             place, extension, image = _image(store, split, name, bare)
             return rows[0] | {"split": split, "shard": join(split, f"{name}.tar"), **place}, extension, image

@@ -66,8 +66,10 @@ def main() -> None:
     if not parser.parse_args().known:
         cli.main(["claims", "run", *PROMISES], standalone_mode=False)
     rows = rows_of(read_rows())
-    if detector().is_dir():  # by itself, when nothing else runs; elsewhere the row of the machine that had it stays
-        rows.append(ratio_of(detector()))
+    if (
+        run := detector()
+    ).is_dir():  # by itself, when nothing else runs; elsewhere the row of the machine that had it stays
+        rows.append(ratio_of(run))
     page = ROOT / "README.md"
     page.write_text(render(page, write(SUITE, rows)))
 

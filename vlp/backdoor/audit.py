@@ -84,9 +84,10 @@ class Account:
         """Of what was found."""
         return {kind: [item.size for item in row] for kind, row in self.found.items()}
 
-    def scores(self, kind: str) -> list[float]:
+    @property
+    def scores(self) -> dict[str, list[float]]:
         """Of the labels, beside a clean model where there is one."""
-        return outliers(self.sizes[kind], self.reference.get(kind))
+        return {kind: outliers(row, self.reference.get(kind)) for kind, row in self.sizes.items()}
 
     @property
     def top(self) -> Finding:
@@ -108,11 +109,12 @@ class Account:
 
     def plain(self) -> dict[str, Any]:
         """As plain data."""
-        top = self.top
+        top, beside = self.top, self.scores
+        alone = {kind: outliers(row) for kind, row in self.sizes.items()}
         rows = [
             {
-                "label": name, "kind": kind, "score": round(outliers(self.sizes[kind])[number], 3),
-                **({"beside": round(self.scores(kind)[number], 3)} if self.reference else {}),
+                "label": name, "kind": kind, "score": round(alone[kind][number], 3),
+                **({"beside": round(beside[kind][number], 3)} if self.reference else {}),
                 "size": found[number].size, "reached": found[number].reached, "success": found[number].success,
             }
             for kind, found in self.found.items() for number, name in enumerate(self.labels)

@@ -35,8 +35,9 @@ def write_account(account: Account, folder: Path, name: str) -> dict[str, str]:
     """Write audit.json, audit.html and the PNG files; what was written, by what it is."""
     folder.mkdir(parents=True, exist_ok=True)
     images: dict[str, bytes] = {}
+    scores = account.scores
     for kind in account.found:
-        best = max(account.found[kind], key=lambda found: account.scores(found.kind)[found.target])
+        best = max(account.found[kind], key=lambda found: scores[found.kind][found.target])
         images[f"trigger-{kind}.png"] = png(trigger_picture(account.victim, best))
         images[f"pictures-{kind}.png"] = png(pictures_sheet(account.victim, best))
     files = {
@@ -90,9 +91,10 @@ def png(unit_CHW: Tensor) -> bytes:
 def page(account: Account, images: dict[str, bytes], name: str) -> str:
     """The page, self-contained."""
     parts = [f"<p><b>{html.escape(account.verdict())}</b></p>", _method(account)]
+    scores = account.scores
     for kind, row in account.found.items():
-        order = sorted(row, key=lambda found: -account.scores(kind)[found.target])
-        lines = "".join(_line(account, found) for found in order)
+        order = sorted(row, key=lambda found: -scores[found.kind][found.target])
+        lines = "".join(_line(account.labels[found.target], scores[kind][found.target], found) for found in order)
         parts.append(
             f"<h2>{kind}</h2><table><tr><th>label<th>score<th>smallest change<th>misled</tr>{lines}</table>"
             f"<p class=m>Found for {html.escape(account.labels[order[0].target])!r}: the trigger; then pictures, above "
@@ -119,11 +121,11 @@ def _method(account: Account) -> str:
     )
 
 
-def _line(account: Account, found: Found) -> str:
+def _line(label: str, score: float, found: Found) -> str:
     change = describe(found) if found.reached else "not reached"
     return (
-        f"<tr><td>{html.escape(account.labels[found.target])}</td>"
-        f"<td class=n>{account.scores(found.kind)[found.target]:.1f}</td>"
+        f"<tr><td>{html.escape(label)}</td>"
+        f"<td class=n>{score:.1f}</td>"
         f"<td>{change}</td><td class=n>{found.success:.0%}</td></tr>"
     )
 

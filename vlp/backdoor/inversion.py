@@ -12,7 +12,7 @@ L labels, D embedding width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -217,6 +217,18 @@ def warp_size(victim: Victim, parts: Parts) -> Tensor:
     return parts[0].abs().mean()
 
 
+OVERLAY = Kind(
+    overlay_start,
+    overlay_apply,
+    overlay_size,
+    lambda victim: 0.5,
+    scale=10.0,
+    rate=0.012,
+    noise=NOISE,
+    threshold=3.5,
+    beside=2.5,
+)
+
 # Labels differ more in how far pictures must be bent to look like them than in what must be added.
 KINDS: dict[str, Kind] = {
     "patch": Kind(
@@ -230,28 +242,8 @@ KINDS: dict[str, Kind] = {
         threshold=3.0,
         beside=3.0,
     ),
-    "overlay": Kind(
-        overlay_start,
-        overlay_apply,
-        overlay_size,
-        lambda victim: 0.5,
-        scale=10.0,
-        rate=0.012,
-        noise=NOISE,
-        threshold=3.5,
-        beside=2.5,
-    ),
-    "lines": Kind(
-        lines_start,
-        overlay_apply,
-        overlay_size,
-        lambda victim: 0.5,
-        scale=10.0,
-        rate=0.012,
-        noise=NOISE,
-        threshold=3.5,
-        beside=3.0,
-    ),
+    "overlay": OVERLAY,
+    "lines": replace(OVERLAY, start=lines_start, beside=3.0),
     "warp": Kind(
         warp_start,
         warp_apply,
@@ -264,7 +256,7 @@ KINDS: dict[str, Kind] = {
         beside=6.0,
     ),
 }
-"""Thresholds lie above the scores of clean models."""
+"""Thresholds were set above the scores of the clean models that were known; another one may lie above them."""
 
 
 def invert(
