@@ -112,10 +112,14 @@ def _method(account: Account) -> str:
     told = account.reference
     limits = ", ".join(f"{KINDS[kind].beside if told else KINDS[kind].threshold:g} ({kind})" for kind in account.found)
     by = "by how many times smaller it is than in a clean model, " if told else ""
+    alone = ", ".join(f"{KINDS[kind].threshold:g} ({kind})" for kind in account.found)
+    also = (
+        f"; so does one that is not the easiest in the clean model as well, above {alone} by size alone" if told else ""
+    )
     return (
         f"<p class=m>For each of {len(account.labels)} labels the smallest change of {account.pictures} pictures that "
         f"makes the model take them for it. The score counts robust deviations below the typical label, {by}on a "
-        f"logarithmic scale; above {limits}, and {LEAD:g} ahead of the next, a label stands out. A trigger "
+        f"logarithmic scale; above {limits}, and {LEAD:g} ahead of the next, a label stands out{also}. A trigger "
         f"of another kind may go unseen. "
         f"{account.seconds:.0f} s.</p>"
     )
