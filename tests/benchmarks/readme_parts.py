@@ -4,6 +4,7 @@ import ast
 from collections.abc import Callable
 from pathlib import Path
 
+import all_figures
 import click
 from bench_kit import RESULTS, ROOT, placed, render
 
@@ -81,7 +82,17 @@ def architecture() -> str:
     return "\n".join([*lines, "```"])
 
 
-PARTS: dict[str, Callable[[], str]] = {"commands": commands, "recipes": recipes, "architecture": architecture}
+def overview() -> str:
+    """Every suite of figures, how many of its rows meet their goals, and which do not."""
+    return all_figures.overview(all_figures.gathered())
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "commands": commands,
+    "recipes": recipes,
+    "architecture": architecture,
+    "overview of figures": overview,
+}
 
 
 def renewed(text: str) -> str:
@@ -92,7 +103,8 @@ def renewed(text: str) -> str:
 
 
 def main() -> None:
-    """Write all parts and all tables of figures into README."""
+    """Write benchmarks.json, and all parts and all tables of figures into README."""
+    all_figures.TOGETHER.write_text(all_figures.written(all_figures.gathered()), encoding="utf-8")
     README.write_text(renewed(README.read_text(encoding="utf-8")), encoding="utf-8")
     for result in sorted(RESULTS.glob("*.json")):
         README.write_text(render(README, result), encoding="utf-8")

@@ -41,8 +41,8 @@ def test_what_two_claims_need_is_trained_once() -> None:
         {job.name: job.folder for job in engine.plan(load_claim(name), 1, PLACES, "test")}
         for name in ("detection_pretrain", "detection_finetune")
     ]
-    assert folders[0]["regions"] == folders[1]["regions"]
-    assert folders[0]["regions_tuned"] == folders[1]["tuned"]
+    assert folders[0]["longer"] == folders[1]["longer"]
+    assert folders[0]["longer_tuned"] == folders[1]["tuned"]
 
 
 def outcome_of(name: str, numbers: dict[tuple[str, int], dict[str, float]]) -> dict[str, Any]:

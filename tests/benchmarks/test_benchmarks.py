@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import all_figures
 import bench_shard
 import numpy as np
 import prove
@@ -164,3 +165,22 @@ def test_proofs_count_the_cases_that_passed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!-- figures of x: begin -->\n<!-- figures of x: end -->\n")
     assert "| all kills | 1 of 2 | 3 s |" in render(page, write("x", [proof], tmp_path))
+
+
+def test_all_figures_stand_together_with_those_that_are_lost(tmp_path: Path) -> None:
+    won = compare("one", ("peer", "1.0"), [1], [2], ">= 1.5", equal=True, note="")
+    write("data", [won, compare("two", ("peer", "1.0"), [1], [2], ">= 3", equal=True, note="")], tmp_path)
+    found = all_figures.gathered(tmp_path)
+    assert "| data | `make bench-data` | 1 of 2 | two 2.00, goal >= 3 |" in all_figures.overview(found)
+    assert "| serve | `make bench-serve` | not run yet |  |" in all_figures.overview(found)
+    write("data", [replace(won, ratio=9.0)], tmp_path)
+    assert all_figures.gathered(tmp_path)["version"] != found["version"]
+    write("other", [won], tmp_path)
+    with pytest.raises(ValueError, match="results of other have no command"):
+        all_figures.gathered(tmp_path)
+
+
+def test_the_file_of_all_figures_is_fresh() -> None:
+    assert all_figures.TOGETHER.read_text(encoding="utf-8") == all_figures.written(all_figures.gathered()), (
+        "renew it with `make docs`"
+    )
