@@ -2,7 +2,7 @@
 
 The scan is exact, not nearly so. Rows and query are rounded to int8; by Cauchy and Schwarz a score can be wrong by no
 more than |q||x - x'| + |q - q'||x'|, which is known for every row. Every row that could be among the best within its
-bound is scored again in float32. Measured at 1,000,000 x 512: 2.3 times as fast as faiss's flat index for one query.
+bound is scored again in float32. The integer products are SimSIMD's.
 
 Suffixes: N rows, D vector width, K candidates.
 """
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import simsimd
 import torch
 from numpy.typing import NDArray
 
@@ -131,8 +132,8 @@ class Scan:
             return []
         query_D = query_D / np.linalg.norm(query_D)
         rounded_1D, step_1 = _round(query_D[None])
-        dots_N = torch._int_mm(torch.from_numpy(rows.rounded_ND[:count]), torch.from_numpy(rounded_1D).T)[:, 0].numpy()
-        about_N = dots_N.astype(np.float32) * (rows.step_N[:count] * step_1[0])
+        dots_N = np.asarray(simsimd.cdist(rounded_1D, rows.rounded_ND[:count], metric="dot"))[0]
+        about_N = (dots_N * (rows.step_N[:count] * step_1[0])).astype(np.float32)
         about_N[~alive_N] = -np.inf
         query_error = float(np.linalg.norm(query_D - rounded_1D[0] * step_1[0]))
         bound_N = rows.error_N[:count] + query_error * rows.length_N[:count] + 1e-6

@@ -1,4 +1,4 @@
-"""All suites of figures and proofs in one file, benchmarks.json, and README's overview of them; `make docs` renews both.
+"""All suites of figures and proofs in one file, benchmarks.json, and README's overview of it; renewed by `make docs`.
 
 Every row of a suite keeps its peer, version, command, ratio with spread and check of equality; what is lost stays too.
 """

@@ -78,8 +78,8 @@ def nearest(folder: Path, filtered: bool) -> NDArray[np.int64]:
 
 
 def recall(found: list[list[int]], best_QK: NDArray[np.int64]) -> float:
-    """Share of the nearest that were found, in the mean over the queries."""
-    pairs = zip(found, best_QK.tolist(), strict=True)
+    """Share of the nearest that were found, in the mean over the queries that were asked."""
+    pairs = zip(found, best_QK[: len(found)].tolist(), strict=True)
     return float(np.mean([len({*ids} & {*best}) / len(best) for ids, best in pairs]))
 
 
