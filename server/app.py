@@ -16,7 +16,6 @@ from server.engine import Engine
 from server.errors import ApiError
 from server.guarding import Guarding
 from server.index import Index
-from server.limits import needs_room
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.model import Loaded
@@ -97,13 +96,13 @@ def create_app(
             allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
             expose_headers=["X-Request-Id", "X-Guard-Flagged", "X-Guard-Score", "Retry-After"],
         )  # fmt: skip
-    app.add_middleware(RequestContext, services=services)
+    seeing = [route for module in SEEING for route in module.router.routes]
+    app.add_middleware(RequestContext, services=services, seeing=seeing)
     app.include_router(page.router)
     app.include_router(health.router)
     app.include_router(operations.router)
     for module in KEYED:
-        room = [Depends(needs_room)] if module in SEEING else []
-        app.include_router(module.router, dependencies=[Depends(needs("read")), *room])
+        app.include_router(module.router, dependencies=[Depends(needs("read"))])
         if hasattr(module, "writing"):
             app.include_router(module.writing, dependencies=[Depends(needs("write"))])
     bodies = [body for module in KEYED for body in getattr(module, "BODIES", ())]

@@ -8,27 +8,9 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from server.errors import ApiError, bad_request
-from server.model import overloaded
-from server.services import services_of
 from server.settings import Limits
 
 M = TypeVar("M", bound=BaseModel)
-
-LARGE = 16_384
-"""Bytes from which a body most likely holds pictures. Smaller ones cost little, and may ask for what is kept."""
-
-
-async def needs_room(request: Request) -> None:
-    """Dependency that refuses pictures before they are read when no model would take any. Raises ApiError 429.
-
-    Reading, parsing and decoding a body that is refused afterwards would take time from those that are not.
-    """
-    declared = request.headers.get("content-length", "")
-    if request.method == "POST" and not (declared.isdecimal() and int(declared) < LARGE):
-        seconds = services_of(request).excess()
-        if seconds > 0:
-            raise overloaded(seconds)
-
 
 async def read_body(request: Request, limits: Limits) -> bytes:
     """The whole body. Raises ApiError 413 or 408 before more than `limits.body_bytes` are held."""

@@ -6,9 +6,11 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.audit import AuditLog
@@ -17,6 +19,7 @@ from server.context import STATE, RequestState
 from server.dialects import answer
 from server.errors import ApiError
 from server.guarding import headers
+from server.model import overloaded
 from server.services import Services
 
 log = logging.getLogger("server.requests")
@@ -30,6 +33,8 @@ and a client that is still sending would not see the answer."""
 BEFORE_SECONDS = 0.02
 """A body that is here by then leaves the connection open for the next request."""
 AFTER_SECONDS = 1.0
+LARGE = 16_384
+"""Bytes from which a body most likely holds pictures. Smaller ones cost little, and may ask for what is kept."""
 
 
 @dataclass(slots=True)
@@ -51,9 +56,11 @@ class _Exchange:
 class RequestContext:
     """ASGI middleware; counts the requests in progress."""
 
-    def __init__(self, app: ASGIApp, services: Services) -> None:
+    def __init__(self, app: ASGIApp, services: Services, seeing: Sequence[BaseRoute]) -> None:
+        """`seeing`: routes whose large bodies hold pictures, refused unread when there is no room for any."""
         self._app = app
         self._services = services
+        self._seeing = [route for route in seeing if isinstance(route, Route) and "POST" in (route.methods or ())]
         self._most = services.settings.limits.requests
         self._hosts = accepted_hosts(services.settings)
         self._audit = AuditLog(services.settings.audit) if services.settings.audit else None
@@ -81,7 +88,7 @@ class RequestContext:
 
         self._running += 1
         try:
-            refusal = self._refusal(scope["path"], head)
+            refusal = self._refusal(scope, head)
             if refusal is None:
                 await self._app(scope, receive_noted, send_marked)
             else:
@@ -97,14 +104,31 @@ class RequestContext:
             state.release()
             self._note(exchange)
 
-    def _refusal(self, path: str, head: Headers) -> ApiError | None:
+    def _refusal(self, scope: Scope, head: Headers) -> ApiError | None:
         """Why a request is not looked at; None when it is."""
         if self._hosts is not None and host_name(head.get("host", "")) not in self._hosts:
             message = "this server does not answer to that Host; start it with --allow-host NAME to change that"
             return ApiError(400, message, "invalid_host")
-        if self._running > self._most and path not in ALWAYS_ANSWERED:
+        if self._running > self._most and scope["path"] not in ALWAYS_ANSWERED:
             return ApiError(429, "too many requests are in progress; try again", "overloaded", retry_after=1)
-        return None
+        seconds = self._excess(scope, head)
+        return overloaded(seconds) if seconds > 0 else None
+
+    def _excess(self, scope: Scope, head: Headers) -> float:
+        """Seconds until a model would take the pictures of this request; 0 for one that has none, or has room.
+
+        Looked at before anything else is: routing, reading, parsing and decoding what is refused afterwards would take
+        time from those that are not.
+        """
+        declared = head.get("content-length", "")
+        if scope["method"] != "POST" or (declared.isdecimal() and int(declared) < LARGE):
+            return 0.0
+        seconds = self._services.excess()
+        route = next((each for each in self._seeing if each.path_regex.match(scope["path"])), None) if seconds else None
+        if route is None:
+            return 0.0
+        scope["route"] = route
+        return seconds
 
     async def _send(self, exchange: _Exchange, message: Message) -> None:
         if message["type"] == "http.response.start":
