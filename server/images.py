@@ -37,7 +37,12 @@ def image_bytes(value: str, param: str) -> bytes:
     if head["mime"] and not head["mime"].lower().startswith("image/"):
         raise bad_request(f"{param}: a data URI of type {head['mime'][:40]!r} is no picture", param, "not_an_image")
     content = value[head.end() :]
-    return _from_base64(content, param) if head["base64"] else unquote_to_bytes(content)
+    if head["base64"]:
+        return _from_base64(content, param)
+    try:
+        return unquote_to_bytes(content)
+    except UnicodeEncodeError as error:  # half a character
+        raise bad_request(f"{param}: the data URI holds what is no text", param, "invalid_data_uri") from error
 
 
 def _from_base64(text: str, param: str) -> bytes:

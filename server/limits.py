@@ -12,6 +12,7 @@ from server.settings import Limits
 
 M = TypeVar("M", bound=BaseModel)
 
+
 async def read_body(request: Request, limits: Limits) -> bytes:
     """The whole body. Raises ApiError 413 or 408 before more than `limits.body_bytes` are held."""
     try:

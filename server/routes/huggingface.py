@@ -53,7 +53,7 @@ async def zero_shot_object_detection(request: Request) -> Response:
 
 @router.post(
     "/feature-extraction",
-    response_model=list[list[float]],
+    response_model=list[list[float] | str],
     openapi_extra=body_of(TeiRequest, text={"inputs": ["a cat"]}),
 )
 async def feature_extraction(request: Request) -> Response:

@@ -19,7 +19,9 @@ router = APIRouter(tags=["text-embeddings-inference"])
 BODIES = (TeiRequest, TeiSimilarityRequest)
 
 
-@router.post("/embed", response_model=list[list[float]], openapi_extra=body_of(TeiRequest, text={"inputs": "a cat"}))
+@router.post(
+    "/embed", response_model=list[list[float] | str], openapi_extra=body_of(TeiRequest, text={"inputs": "a cat"})
+)
 async def embed(request: Request) -> Response:
     """Embed texts: always a list of vectors. Without `truncate`, texts that do not fit are 422."""
     limits = services_of(request).settings.limits

@@ -13,6 +13,8 @@ import numpy as np
 import openai
 import pytest
 
+from server.errors import ApiError
+from server.images import image_bytes
 from vlp.bundle import load_bundle
 from vlp.infer import encode_images, encode_texts
 from vlp.testing import picture
@@ -191,6 +193,12 @@ def test_bad_requests(body: dict[str, Any], code: str, param: str, live: str, ht
 def test_bodies_that_are_no_json_object(content: bytes, live: str, http: httpx2.Client) -> None:
     answer = http.post(f"{live}/v1/embeddings", content=content)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+
+
+def test_half_a_character_in_a_data_uri_is_refused() -> None:
+    """No body that is JSON has one; whoever calls the parser otherwise gets the error that it promises."""
+    with pytest.raises(ApiError, match=r"input\[0\]: the data URI"):
+        image_bytes("data:,\udcff", "input[0]")
 
 
 @pytest.mark.parametrize("off", [None, 0])
