@@ -14,7 +14,7 @@ class DetectRequest(Body):
     labels: Labels
     templates: Templates
     label_set: LabelSetName
-    threshold: float | None = Field(default=None, ge=0, lt=1, description="Lowest score; default 0.05.")
+    threshold: float | None = Field(default=None, ge=0, lt=1, description="Lowest score; default 0.3.")
     top_k: int | None = Field(default=None, ge=1, description="Most objects per picture; default 100.")
     nms: float | None = Field(
         default=None, ge=0, le=1, description="IoU above which the worse of two boxes of one label goes; default 0.5."

@@ -18,7 +18,7 @@ from bench_kit import MEETS, Row
 from serve_rows import Items, Load, seconds, some_items
 from serve_sides import Running, ours, running, weights_of
 
-PLACES = 4.0
+PLACES = 3.5
 """Pictures whose time may wait: fewer leave the model idle now and then and refuse whoever comes in a burst, more make
 those who are let in wait."""
 UNLOADED, OVERLOAD = 0.2, 4.0

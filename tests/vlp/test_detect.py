@@ -61,7 +61,7 @@ def test_each_label_has_its_own_suppression() -> None:
     a third region apart stays as well."""
     boxes = torch.tensor([[[0.0, 0, 1, 1], [0, 0, 0.8, 1], [0, 0, 0.1, 0.1]]])
     scores = torch.tensor([[[0.9, 0.1], [0.8, 0.6], [0.3, 0.05]]])
-    found = choose(boxes, scores, ("a", "b"), Options())
+    found = choose(boxes, scores, ("a", "b"), Options(threshold=0.2))
     pairs = list(zip(found.label_BT[0].tolist(), found.scores_BT[0].tolist(), strict=True))
     assert pairs == [(0, pytest.approx(0.9)), (1, pytest.approx(0.6)), (0, pytest.approx(0.3))]
     assert choose(boxes, scores, ("a", "b"), Options(top_k=1)).scores_BT.tolist() == [[pytest.approx(0.9)]]
@@ -250,15 +250,29 @@ def test_a_threshold_spares_work_and_changes_nothing_else(monkeypatch: pytest.Mo
         return classify(self, seen, boxes, labels, options)
 
     monkeypatch.setattr(Detector, "classify", counted)
-    found = detector.detect_pixels(pixels, WORDS[:1], Options(threshold=0.0, objectness=1))
-    limit = 0.5 * float(found.scores_BT.max())
-    low, high = (Options(threshold=threshold, objectness=3, top_k=1000) for threshold in (0.0, limit**3))
+    found = detector.detect_pixels(pixels, WORDS[:1], Options(threshold=0.0))
+    limit = 0.9 * float(found.scores_BT.max())
+    low, high = (Options(threshold=threshold, top_k=1000) for threshold in (0.0, limit))
     every, best = detector.detect_pixels(pixels, WORDS, low), detector.detect_pixels(pixels, WORDS, high)
     assert 0 < asked[2] < asked[1]
     assert best.valid_BT.any()
     for row in range(2):
-        wanted = every.scores_BT[row][every.valid_BT[row] & (every.scores_BT[row] > limit**3)]
+        wanted = every.scores_BT[row][every.valid_BT[row] & (every.scores_BT[row] > limit)]
         torch.testing.assert_close(best.scores_BT[row][best.valid_BT[row]], wanted)
+
+
+def test_scores_are_the_geometric_mean_of_label_and_objectness() -> None:
+    """In the order of label x objectness^3, the paper's, of which they are the fourth root."""
+    detector = Detector.of(micro_detector())
+    pixels = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    options = Options(threshold=0.0, nms=1.0, top_k=1000)
+    with torch.inference_mode():
+        seen = detector.look(pixels)
+        boxes, objectness = detector.propose(seen, options.proposals)
+        product = detector.classify(seen, boxes, WORDS, options) * objectness[..., None] ** 3
+    found = detector.detect_pixels(pixels, WORDS, options)
+    best = product.flatten().sort(descending=True).values[: int(found.valid_BT.sum())]
+    torch.testing.assert_close(found.scores_BT[found.valid_BT], best**0.25)
 
 
 def test_crops_that_match_a_text() -> None:

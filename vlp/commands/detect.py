@@ -38,7 +38,7 @@ Examples:
 
 \b
   vlp detect runs/detector photo.jpg --labels "red apple,bear"
-  vlp detect runs/detector photo.jpg --labels fruit.txt --threshold 0.3 --out found.png
+  vlp detect runs/detector photo.jpg --labels fruit.txt --threshold 0.5 --out found.png
   vlp detect runs/detector *.jpg --labels "dog,cat" --json
   vlp detect runs/detector photo.jpg --find "a bird on a branch" --top-k 3 --out crops.png"""
 )
@@ -46,7 +46,7 @@ Examples:
 @click.argument("images", type=PATH, nargs=-1, required=True)
 @click.option("--labels", help="What to look for: names joined by commas, or a file with one per line.")
 @click.option("--find", help="Instead of labels: a text; the parts of each picture that match it best.")
-@click.option("--threshold", type=float, help="Lowest score.  [default: 0.05]")
+@click.option("--threshold", type=float, help="Lowest score.  [default: 0.3]")
 @click.option("--top-k", type=int, help="Most detections of a picture.  [default: 100, with --find 5]")
 @click.option(
     "--frozen", type=PATH, help="Image-level bundle that scores too.  [default: what the detector began with]"

@@ -2,8 +2,8 @@
 
 As DITO's released code does it (Kim et al. 2023, arXiv 2310.00161): class-agnostic proposals; p, the softmax of the
 detector's head over labels and a background; q, that of a frozen image-level tower over the labels, from its own
-features averaged in the region; both made one (scores.py) and multiplied by a power of the objectness; then the best
-boxes of each label. Where the frozen tower is the detector's own, unchanged, one pass serves both.
+features averaged in the region; both made one (scores.py), whose geometric mean with the objectness is the score; then
+the best boxes of each label. Where the frozen tower is the detector's own, unchanged, one pass serves both.
 
 Suffixes: B pictures, C channels, S side of the model's input, M and R regions, K labels, D embedding width, T
 detections.
@@ -127,12 +127,13 @@ class Detector:
     def find(self, seen: Seen, labels: tuple[str, ...], options: Options) -> Found:
         """What is in pictures that were looked at already; `labels` are distinct. Raises BundleError."""
         boxes_BR4, objectness_BR = self.propose(seen, options.proposals)
-        factor_BR = objectness_BR**options.objectness
+        share = 1 / (1 + options.objectness)
+        factor_BR = objectness_BR ** (options.objectness * share)
         # what no label can lift above the threshold need not be looked at; proposals come best first
         count = max(1, int((factor_BR > options.threshold).sum(dim=1).max()))
         boxes_BR4, factor_BR = boxes_BR4[:, :count], factor_BR[:, :count]
         scores_BRK = self.classify(seen, boxes_BR4, labels, options)
-        return choose(boxes_BR4, scores_BRK * factor_BR[..., None], labels, options)
+        return choose(boxes_BR4, scores_BRK**share * factor_BR[..., None], labels, options)
 
     @torch.inference_mode()
     def score_regions(

@@ -20,9 +20,9 @@ CANDIDATES = 1000
 
 
 class Options(StrictModel):
-    """How boxes are scored and chosen; the defaults are the paper's."""
+    """How boxes are scored and chosen; the defaults are the paper's, but for the threshold."""
 
-    threshold: float = Field(0.05, ge=0, lt=1)
+    threshold: float = Field(0.3, ge=0, lt=1)
     """Lowest score of a detection."""
     top_k: int = Field(100, ge=1)
     """Most detections of a picture."""
@@ -37,7 +37,8 @@ class Options(StrictModel):
     novel: float = Field(0.65, ge=0, le=1)
     """Its weight for all others."""
     objectness: float = Field(3.0, ge=0)
-    """Power of the objectness that a score is multiplied with."""
+    """Weight of the objectness beside the label's 1 in their geometric mean, which is the score: the order is that of
+    label x objectness^3, as in the paper, and good boxes score near 1, as in FCOS."""
     temperature: float | None = Field(None, gt=0)
     """Of the detector's softmax; default: the one it learned."""
     frozen_temperature: float | None = Field(None, gt=0)
