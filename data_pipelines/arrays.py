@@ -5,7 +5,10 @@ Torch-free. The header is read and checked before the content; nothing is ever u
 
 import io
 import math
+import threading
+from pathlib import Path
 from tokenize import TokenError
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +21,17 @@ KINDS = ("u1", "u2", "f4")
 """Values that are read: uint8, uint16, float32, of either byte order."""
 DAMAGE = (ValueError, EOFError, OSError, SyntaxError, TypeError, TokenError, RecursionError, MemoryError)
 """What NumPy's header parser raises on damaged input, which it hands to Python's own."""
+
+_PARSING = threading.Lock()
+"""NumPy reads a header as Python code, and CPython below 3.12 counts its depth in one place for all threads: two at a time
+may end in a SystemError (python/cpython#106905)."""
+
+
+def load_array(file: io.BytesIO | Path) -> NDArray[Any]:
+    """`np.load` of one array, for threads. Raises ValueError, EOFError, OSError."""
+    with _PARSING:
+        array: NDArray[Any] = np.load(file, allow_pickle=False)
+    return array
 
 
 def is_array(data: bytes | memoryview) -> bool:
@@ -38,7 +52,8 @@ def read_header(data: bytes | memoryview) -> tuple[tuple[int, ...], bool, "np.dt
     try:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(stream)
+        with _PARSING:
+            shape, fortran, dtype = read(stream)
     except DAMAGE as error:
         raise BadSample("not_an_array", f"{len(data)} bytes are no .npy file: {error}") from error
     if dtype.str[1:] not in KINDS or len(shape) not in (2, 3) or min(shape) < 0:

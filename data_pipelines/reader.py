@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.arrays import load_array
 from data_pipelines.errors import BadSample, PipelineError, ShardError
 from data_pipelines.files import sha256_file
 from data_pipelines.records import MANIFEST, ShardInfo, load_manifest
@@ -149,7 +150,7 @@ class Shard:
             if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
                 raise ValueError("`captions` is no list of texts")
             cls = int(str(members["cls"], "utf-8")) if "cls" in members else None
-            array = np.load(io.BytesIO(members["npy"]), allow_pickle=False) if "npy" in members else None
+            array = load_array(io.BytesIO(members["npy"])) if "npy" in members else None
         except (ValueError, TypeError, EOFError) as error:
             raise BadSample("bad_text", f"{self.path.name}: {key}: {error}") from error
         return Sample(
@@ -198,7 +199,7 @@ class Shard:
     def _contents(self, data: Data) -> Contents:
         """By the index where it fits the tar, else by a walk."""
         try:
-            index = np.load(index_path(self.path), allow_pickle=False)
+            index = load_array(index_path(self.path))
         except FileNotFoundError:
             return contents(walk_tar(data, str(self.path)))
         except (OSError, ValueError, EOFError) as error:

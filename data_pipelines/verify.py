@@ -19,10 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from data_pipelines import console
+from data_pipelines.arrays import load_array
 from data_pipelines.errors import PipelineError, ShardError
 from data_pipelines.folders import JOB, manifest_of, read_job, reason
 from data_pipelines.images import MAX_PIXELS
@@ -271,7 +271,7 @@ def _compare_content(outcome: Outcome, sample: Found, row: Mapping[str, Any], da
 def _compare_index(split: Split, outcome: Outcome, check: TarCheck) -> None:
     path = outcome.name.removesuffix(".tar") + INDEX_SUFFIX
     try:
-        index = np.load(io.BytesIO(split.store.read(path)), allow_pickle=False)
+        index = load_array(io.BytesIO(split.store.read(path)))
     except FileNotFoundError:
         if split.manifest:
             outcome.fault("missing_file", f"{Path(path).name} is not there")

@@ -1,6 +1,10 @@
 """Pictures stored as .npy: from a folder through shards, verification and re-sharding to batches."""
 
+import gc
 import io
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipelines.arrays import array_size, open_array
+from data_pipelines.arrays import array_size, load_array, open_array, read_header
 from data_pipelines.augment import AugmentConfig, augment
 from data_pipelines.cli import shard
 from data_pipelines.errors import BadSample, ConfigError
@@ -187,3 +191,27 @@ def test_arrays_are_not_resized_or_encoded_in_silence(folder: Path, tmp_path: Pa
     (folder / "05.npy").write_bytes(npy(bands(5)))
     run_shard(str(folder), "--out", str(tmp_path / "out"), "--image_size", "8", "--resize_mode", "border")
     assert load_manifest(tmp_path / "out").failures == {"array_kept_as_is": 12}
+
+
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """Threads that take turns, and a collector that comes, all the time."""
+    turn, threshold = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(1e-6)
+    gc.set_threshold(20)
+    yield
+    sys.setswitchinterval(turn)
+    gc.set_threshold(*threshold)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_threads_read_headers_at_once() -> None:
+    """On Python below 3.12 parsing code in two threads ends in a SystemError now and then."""
+    data = npy(np.zeros((3, 4, 4), np.float32))
+
+    def read(_: int) -> tuple[int, ...]:
+        assert load_array(io.BytesIO(data)).shape == (3, 4, 4)
+        return read_header(data)[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(read, range(2000))) == {(3, 4, 4)}
