@@ -23,7 +23,7 @@ DAMAGE = (ValueError, EOFError, OSError, SyntaxError, TypeError, TokenError, Rec
 """What NumPy's header parser raises on damaged input, which it hands to Python's own."""
 
 _PARSING = threading.Lock()
-"""NumPy reads a header as Python code, and CPython below 3.12 counts its depth in one place for all threads: two at a time
+"""NumPy reads a header as Python code, whose depth CPython below 3.12 counts in one place for all threads: two at a time
 may end in a SystemError (python/cpython#106905)."""
 
 
