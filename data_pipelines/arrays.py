@@ -23,8 +23,8 @@ DAMAGE = (ValueError, EOFError, OSError, SyntaxError, TypeError, TokenError, Rec
 """What NumPy's header parser raises on damaged input, which it hands to Python's own."""
 
 _PARSING = threading.Lock()
-"""NumPy reads a header as Python code, whose depth CPython below 3.12 counts in one place for all threads: two at a time
-may end in a SystemError (python/cpython#106905)."""
+"""NumPy reads a header as Python code, whose depth CPython below 3.12 counts in one place for all threads; two of them
+at a time may end in a SystemError (python/cpython#106905)."""
 
 
 def load_array(file: io.BytesIO | Path) -> NDArray[Any]:
