@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test browser clients openapi bench-data prove-data bench-train prove-train bench-backdoor bench-detection prove-trust bench-serve prove-server prove-docs claims locks prove-containers bench docs format clean
+.PHONY: s3 help setup demo test browser clients openapi bench-data prove-data bench-train prove-train bench-backdoor bench-detection prove-trust bench-serve prove-server prove-docs claims locks prove-containers bench docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -113,7 +113,15 @@ claims: setup  ## every claim with three seeds, and both tables of the README (a
 	$(call step,claims,$(BIN)/vlp claims run $(NAMES))
 	$(call step,tables,$(BIN)/vlp claims table --readme README.md > /dev/null)
 
-prove-train: setup  ## the slow proofs of the trainer: kills, signals, damage, all towers (about 30 minutes; ONLY=a_name)
+# Its demands on versions contradict those of s3fs.
+S3_STAMP = $(PEERS)/moto/.ready
+s3: $(S3_STAMP)  ## an S3 server in an environment of its own, for the proofs with object stores
+$(S3_STAMP): $(STAMP)
+	$(call step,S3 server,$(BIN)/python -m pip install --disable-pip-version-check --editable '.[serve$(COMMA)dev$(COMMA)s3]'; \
+	  $(PYTHON) -m venv $(PEERS)/moto; $(PEERS)/moto/bin/python -m pip install --disable-pip-version-check 'moto[server]')
+	@touch $@
+
+prove-train: $(S3_STAMP)  ## the slow proofs of the trainer: kills, signals, damage, all towers (about 30 minutes; ONLY=a_name)
 	$(call step,proofs,$(BIN)/python tests/benchmarks/prove.py train --only "$(ONLY)")
 
 bench-detection: setup  ## detection-oriented pretraining and open-vocabulary detection, three seeds (about three hours; goes on)
@@ -122,9 +130,8 @@ bench-detection: setup  ## detection-oriented pretraining and open-vocabulary de
 bench-backdoor: setup  ## attacks and defences, six triggers with three seeds (about four hours; goes on where it stopped)
 	$(call step,backdoors,$(BIN)/python tests/benchmarks/bench_backdoor.py)
 
-prove-data: setup  ## the slow proofs of sharding and streaming: kills, faults, resume on other ranks (about 30 minutes)
-	$(call step,Ray and an S3 server,$(BIN)/python -m pip install --disable-pip-version-check --editable '.[serve$(COMMA)dev$(COMMA)ray$(COMMA)s3]'; \
-	  $(PYTHON) -m venv $(PEERS)/moto; $(PEERS)/moto/bin/python -m pip install --disable-pip-version-check 'moto[server]')
+prove-data: $(S3_STAMP)  ## the slow proofs of sharding and streaming: kills, faults, resume on other ranks (about 30 minutes)
+	$(call step,Ray,$(BIN)/python -m pip install --disable-pip-version-check --editable '.[serve$(COMMA)dev$(COMMA)ray$(COMMA)s3]')
 	$(call step,proofs,$(BIN)/python tests/benchmarks/prove.py data --only "$(ONLY)")
 
 FUZZ_STAMP = $(PEERS)/fuzz/.ready
@@ -145,7 +152,7 @@ prove-trust: setup  ## proofs with a model of one's own that has a backdoor (TRU
 prove-docs: setup  ## every command block of the README, typed in a copy of this checkout (about 20 minutes; ONLY=Train,Serve)
 	$(call step,README,$(BIN)/python tests/benchmarks/prove_docs.py --only "$(ONLY)")
 
-prove-containers: setup  ## images built without an engine, run as nobody; a cluster that loses a host (as root; 15 minutes)
+prove-containers: $(S3_STAMP)  ## images built without an engine, run as nobody; a cluster that loses a host (as root; 15 minutes)
 	$(call step,tools,command -v debootstrap ip nsenter > /dev/null || apt-get install -y -qq debootstrap iproute2 util-linux)
 	$(call step,proofs,$(BIN)/python tests/benchmarks/prove.py containers --only "$(ONLY)")
 

@@ -153,6 +153,22 @@ def local_copy(url: str) -> Path | None:
     return folder
 
 
+def local_file(url: str) -> Path:
+    """One file at a URL, copied below the cache folder unless it is there already. Raises PipelineError."""
+    where, _, name = url.rpartition("/")
+    store = Store(where)
+    try:
+        version = tried(url, lambda: store.version(name))
+        digest = hashlib.sha256(json.dumps([url, version]).encode()).hexdigest()
+        path = cache_dir() / "folders" / digest[:16] / name
+        with alone(path.parent):
+            if not path.is_file():
+                fetch(store, name, path)
+    except FileNotFoundError as error:
+        raise PipelineError(f"{url}: no such file") from error
+    return path
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """One process of this machine at a time."""

@@ -54,6 +54,10 @@ class Store:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def version(self, name: str) -> str:
+        """A text that changes whenever a file on a store does. Raises FileNotFoundError."""
+        return str(self._fs.ukey(self._at(name)))
+
     def names(self, folder: str = "", kind: str = "file") -> list[str]:
         """Names (without folder) of what lies directly in a sub-folder, sorted; `kind` is file or directory."""
         if self.local:

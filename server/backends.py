@@ -1,4 +1,4 @@
-"""What runs the towers: torch, torch in bfloat16, ONNX Runtime with int8 weights, OpenVINO; chosen by measurement.
+"""What runs the towers: torch, in bfloat16, compiled, ONNX Runtime with int8 weights, OpenVINO; chosen by measurement.
 
 Every candidate first answers a canary, and its embeddings are compared with those of plain float32 torch: one whose
 lowest cosine is below COSINE is refused and said so. Image and text tower are judged and chosen apart.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipelines.errors import PipelineError
 from server.graphs import onnx_towers, openvino_towers
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 COSINE = 0.9998
 """Lowest cosine to float32 torch, over all items of the canary."""
 PICTURES, ROUNDS = 4, 3
+WARMED = (2, 3, 1)
+"""Batches that a compiled tower runs first: the second size makes it take any from two on, one is its own case."""
 TEXTS = (
     "a", "a red circle", "a photo of a cat sitting on a wooden table", "canary", "an image of the sea at night",
     "two dogs running over a green field while the sun is setting behind the hills", "3", "a drawing of a house",
@@ -52,25 +54,46 @@ def plain_towers(bundle: Bundle) -> Towers:
 
 def torch_towers(bundle: Bundle) -> Towers:
     """Without what reaches no feature: texts end at their ends, the last block runs for what is pooled alone."""
-    return _lean(bundle, bundle.model, torch.float32, "torch")
+    lean = LeanModel(bundle.model)
+    return _lean(bundle, lean, lean, torch.float32, "torch")
 
 
 def bfloat16_towers(bundle: Bundle) -> Towers:
     """The same on a copy with its weights cast: autocast would be slower than float32 on a CPU."""
-    return _lean(bundle, copy.deepcopy(bundle.model).to(torch.bfloat16), torch.bfloat16, "torch-bf16")
+    lean = LeanModel(copy.deepcopy(bundle.model).to(torch.bfloat16))
+    return _lean(bundle, lean, lean, torch.bfloat16, "torch-bf16")
 
 
-def _lean(bundle: Bundle, model: nn.Module, dtype: torch.dtype, name: str) -> Towers:
-    lean = LeanModel(model)
+def compiled_towers(bundle: Bundle) -> Towers:
+    """By torch.compile in bfloat16: a minute or more at the start, for GPUs, which otherwise wait for Python.
 
+    Texts run at their whole length, for every other length would be compiled anew. Batches of three sizes are run
+    now, after which any size is known: one alone, and any other as a number that varies.
+    """
+    model = copy.deepcopy(bundle.model).to(torch.bfloat16)
+    towers = _lean(
+        bundle,
+        LeanModel(model, compiled=True),
+        LeanModel(model, trim=False, compiled=True),
+        torch.bfloat16,
+        "torch-compile",
+    )
+    pixels_NCHW, tokens_NL = _canary(bundle)
+    for size in WARMED:
+        towers.image(pixels_NCHW[:size])
+        towers.text(tokens_NL[:size])
+    return towers
+
+
+def _lean(bundle: Bundle, images: LeanModel, texts: LeanModel, dtype: torch.dtype, name: str) -> Towers:
     @torch.inference_mode()
     def image(pixels_NCHW: Tensor) -> Tensor:
-        parts = [lean.encode_image(infer.ready(bundle, chunk).to(dtype)) for chunk in pixels_NCHW.split(infer.BATCH)]
+        parts = [images.encode_image(infer.ready(bundle, chunk).to(dtype)) for chunk in pixels_NCHW.split(infer.BATCH)]
         return _unit(torch.cat(parts))
 
     @torch.inference_mode()
     def text(tokens_NL: Tensor) -> Tensor:
-        parts = [lean.encode_text(chunk.to(bundle.device)) for chunk in tokens_NL.split(infer.BATCH)]
+        parts = [texts.encode_text(chunk.to(bundle.device)) for chunk in tokens_NL.split(infer.BATCH)]
         return _unit(torch.cat(parts))
 
     return Towers(image, text, name)
@@ -120,6 +143,7 @@ def _candidates(bundle: Bundle, wanted: str) -> Mapping[str, Callable[[Bundle], 
     makers: dict[str, Callable[[Bundle], Towers]] = {
         "torch": torch_towers,
         "torch-bf16": bfloat16_towers,
+        "torch-compile": compiled_towers,
         "onnx": lambda bundle: Towers(*onnx_towers(bundle), "onnx"),
         "openvino": lambda bundle: Towers(*openvino_towers(bundle), "openvino"),
     }
@@ -130,7 +154,7 @@ def _candidates(bundle: Bundle, wanted: str) -> Mapping[str, Callable[[Bundle], 
             raise PipelineError(f"--backend {wanted} needs {', '.join(missing)}: pip install 'vlp[{wanted}]'")
         return {wanted: makers[wanted]}
     if bundle.device.type != "cpu":
-        return {"torch": torch_towers, "torch-bf16": bfloat16_towers}
+        return {name: makers[name] for name in ("torch", "torch-bf16", "torch-compile")}
     usable: dict[str, Callable[[Bundle], Towers]] = {"torch": torch_towers}
     if _fast_bfloat16():
         usable["torch-bf16"] = bfloat16_towers

@@ -78,7 +78,7 @@ Scope = Literal["read", "write", "admin"]
 SCOPES: tuple[Scope, ...] = ("read", "write", "admin")
 """What a key may do, each including those before it: ask; change collections and label sets; steer the server."""
 
-BACKENDS = ("auto", "torch", "torch-bf16", "onnx", "openvino")
+BACKENDS = ("auto", "torch", "torch-bf16", "torch-compile", "onnx", "openvino")
 """What can run a model; see `backends`."""
 
 

@@ -26,7 +26,7 @@ from data_pipelines.preprocess import ImageConfig
 from data_pipelines.tokens import END, START, Tokenizer, TokenizerConfig, clip_tokenizer
 from vlp.models import ModelDict, hf_folder, instantiate, write_timm_config
 from vlp.models.folders import CONFIG as CONFIG
-from vlp.models.folders import IMAGE_TOWER, TEXT_TOWER, is_hf_clip, model_cfg_of, read_json
+from vlp.models.folders import IMAGE_TOWER, TEXT_TOWER, is_hf_clip, model_cfg_of, place_of, read_json
 from vlp.models.folders import INFO as INFO
 from vlp.models.folders import VOCABULARY as VOCABULARY
 from vlp.models.folders import WEIGHTS as WEIGHTS
@@ -246,9 +246,10 @@ def check_start(weights: Path | str, tokenizer: Tokenizer, image: ImageConfig) -
 
     Raises ConfigError for another vocabulary, because every token would mean another word; the rest is a warning.
     """
-    if not Path(weights).is_dir() or is_hf_clip(Path(weights)):
+    place = place_of(weights)
+    if not place.is_dir() or is_hf_clip(place):
         return
-    folder = find_bundle(Path(weights)).absolute()
+    folder = find_bundle(place).absolute()
     model_cfg, info = model_cfg_of(folder), _read_info(folder)
     known = _load_tokenizer(folder, model_cfg, info)
     if not same_words(known, tokenizer):

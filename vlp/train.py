@@ -72,7 +72,9 @@ def train(
         _signals(folder, where) as received,
     ):
         distributed.set_up(recipe.run.device)
-        folder = distributed.from_all_ranks(folder)[0]  # named by the clock, it is another one on every rank
+        first = distributed.from_all_ranks(folder)[0]
+        if mirror is None:  # with one, every machine has a copy of its own
+            folder = first  # named by the clock, it is another one on every rank
         run = prepare(recipe, folder)
         lead = distributed.rank() == 0
         run.mirror = mirror

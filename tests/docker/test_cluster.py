@@ -12,15 +12,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.s3_server import credentials, make_bucket, s3_server
 from tests.vlp.conftest import micro_settings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # s3fs warns about its own insides
 ROOT = Path(__file__).parents[2]
 RANK = ROOT / "tests/docker/rank.py"
 JOINING = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
@@ -28,6 +29,7 @@ JOINING = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 STEPS, SAVE = 120, 5
 SUBNET = "10.213.7"
 BRIDGE = "vlp-bridge"
+GATEWAY = f"{SUBNET}.254"
 Lines = dict[int, list[tuple[int, int, tuple[str, ...]]]]
 """Step -> (ranks at that time, rank, keys); of a step that was taken again, the last time."""
 
@@ -73,7 +75,7 @@ class Host:
 
 @contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:
-    """So many hosts that reach each other and nothing else."""
+    """So many hosts that reach each other and, at GATEWAY, this machine, and nothing else."""
     if os.geteuid() or shutil.which("ip") is None:
         raise RuntimeError("needs root and iproute2: apt-get install iproute2")
     found = [Host(f"vlp-host-{number}", f"{SUBNET}.{number}") for number in range(1, count + 1)]
@@ -81,6 +83,7 @@ def hosts(count: int) -> Iterator[list[Host]]:
     try:
         ip("link", "add", BRIDGE, "type", "bridge")
         ip("link", "set", BRIDGE, "up")
+        ip("address", "add", f"{GATEWAY}/24", "dev", BRIDGE)
         for number, host in enumerate(found, 1):
             host.names.parent.mkdir(parents=True)
             host.names.write_text("127.0.0.1 localhost\n" + "".join(f"{h.address} {h.name}\n" for h in found))
@@ -110,15 +113,26 @@ class Work:
 
     folder: Path
     recipe: Path
+    url: str = ""
+    """Of the run, where it lies on a store and every host has a cache of its own."""
+    store: dict[str, str] = field(default_factory=dict)
+    """How the store is reached."""
 
-    def env(self) -> dict[str, str]:
+    @property
+    def run(self) -> Path:
+        """The run's folder; of one on a store, the copy that grew last."""
+        copies = self.folder.glob("cache-*/runs/*/run/metrics.jsonl")
+        return max(copies, key=lambda path: path.stat().st_mtime).parent if self.url else self.folder / "run"
+
+    def env(self, host: str = "") -> dict[str, str]:
         (self.folder / "keys").mkdir(parents=True, exist_ok=True)
         given = {"KEYS_FOLDER": str(self.folder / "keys"), "LOG": str(self.folder / "log"), "PYTHONPATH": str(ROOT)}
-        return {**os.environ, **given, "OMP_NUM_THREADS": "1", JOINING: "1"}
+        own = {"VLP_CACHE": str(self.folder / f"cache-{host}"), **self.store} if self.url else {}
+        return {**os.environ, **given, **own, "OMP_NUM_THREADS": "1", JOINING: "1"}
 
     def command(self, *launcher: str) -> list[str]:
         """The same whenever and wherever it is started, as in docker/k8s/base/train.yaml."""
-        words = ["train", str(self.recipe), "--run-dir", str(self.folder / "run"), "--resume"]
+        words = ["train", str(self.recipe), "--run-dir", self.url or str(self.folder / "run"), "--resume"]
         return [sys.executable, *launcher, str(RANK), *words]
 
     def join(self, host: Host, meet: Host) -> "subprocess.Popen[str]":
@@ -126,11 +140,12 @@ class Work:
         launcher = ["-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=10",
                     "--rdzv-backend=c10d", "--rdzv-id=cluster", f"--rdzv-endpoint={meet.name}:29400",
                     "--rdzv-conf=last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"]  # fmt: skip
-        return host.start(self.command(*launcher), self.env())
+        return host.start(self.command(*launcher), self.env(host.name))
 
     def losses(self) -> list[float]:
-        path = self.folder / "run/metrics.jsonl"
-        return [json.loads(line)["loss"] for line in path.read_text().splitlines()] if path.exists() else []
+        with suppress(OSError, ValueError):  # nothing written yet
+            return [json.loads(line)["loss"] for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+        return []
 
     def lines(self) -> Lines:
         files = sorted((self.folder / "keys").glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
@@ -187,7 +202,7 @@ def check(work: Work, undisturbed: Work, before: int, after: int) -> None:
         assert sorted(key for _, _, keys in entries for key in keys) == sorted(whole[2]), f"step {step}"
     assert (lines[0][0][0], lines[STEPS - 1][0][0]) == (before, after)
     assert work.losses() == pytest.approx(undisturbed.losses(), rel=1e-3)
-    ledgers = [json.loads((each.folder / "run/ledger.json").read_text()) for each in (work, undisturbed)]
+    ledgers = [json.loads((each.run / "ledger.json").read_text()) for each in (work, undisturbed)]
     assert ledgers[0] == ledgers[1]
 
 
@@ -213,3 +228,26 @@ def test_a_host_falls_silent_and_another_takes_its_place(make: Make, undisturbed
         work.join(third, first)
         work.finish(process)
     check(work, undisturbed, 2, 2)
+
+
+def test_hosts_share_nothing_but_a_store(make: Make, undisturbed: Work) -> None:
+    """One dies, the other goes on; it dies as well, and a third, which has seen nothing of the run, ends it."""
+    with hosts(3) as (first, second, third), s3_server(GATEWAY) as port, pytest.MonkeyPatch.context() as patch:
+        store = credentials(f"{GATEWAY}:{port}")
+        for name, value in store.items():
+            patch.setenv(name, value)
+        system = make_bucket()
+        work = replace(make("store"), url="s3://bucket/run", store=store)
+        process = work.join(first, first)
+        work.join(second, first)
+        work.await_steps(31, process)
+        second.kill()
+        work.await_steps(61, process)
+        first.kill()
+        process = work.join(third, third)
+        work.finish(process)
+        sent = json.loads(system.cat("bucket/run/ledger.json"))
+        assert system.exists("bucket/run/bundle/complete.json")
+    assert work.run.is_relative_to(work.folder / f"cache-{third.name}")
+    assert sent == json.loads((work.run / "ledger.json").read_text())
+    check(work, undisturbed, 2, 1)

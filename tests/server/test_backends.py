@@ -1,8 +1,12 @@
 """Back-ends: each answers as float32 torch does, or is refused and says so; the fastest right one is taken."""
 
+import copy
 import itertools
 import logging
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
+from shutil import which
 from typing import Any
 
 import pytest
@@ -35,7 +39,11 @@ def precision() -> Any:
 def needs(name: str) -> Any:
     missing = {"onnx": ("onnxscript", "onnxruntime"), "openvino": ("openvino",)}.get(name, ())
     absent = [package for package in missing if find_spec(package) is None]
-    return pytest.param(name, marks=pytest.mark.skipif(bool(absent), reason=f"{absent} not installed"))
+    marks = [pytest.mark.skipif(bool(absent), reason=f"{absent} not installed")]
+    if name == "torch-compile":
+        marks += [pytest.mark.slow, pytest.mark.skipif(which("g++") is None, reason="no C++ compiler")]
+        marks.append(pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"))  # of torch's own code
+    return pytest.param(name, marks=marks)
 
 
 @pytest.mark.parametrize("name", [needs(name) for name in BACKENDS if name != "auto"])
@@ -63,6 +71,26 @@ def test_a_back_end_answers_as_torch_does(name: str, bundle: Bundle, monkeypatch
     assert towers.name == name
     if name == "torch":
         assert torch.allclose(towers.text(tokens), plain.text(tokens), atol=2e-6)
+
+
+def test_a_compiled_back_end_knows_all_sizes_from_the_start(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the compiler's front half, which decides what is compiled anew; requests must never wait for that."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(backends, "COSINE", 0.995)
+    towers, plain, side = choose(bundle, "torch-compile"), plain_towers(bundle), bundle.image.size
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for size in (1, 2, 5, 9):
+            pixels = torch.zeros(size, 3, side, side, dtype=torch.uint8)
+            tokens = bundle.tokenizer((TEXTS * 3)[:size])
+            assert torch.cosine_similarity(towers.image(pixels), plain.image(pixels)).min() > 0.99
+            assert torch.cosine_similarity(towers.text(tokens), plain.text(tokens)).min() > 0.99
+
+
+def test_on_a_gpu_compiled_towers_are_measured_too(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "find_spec", lambda _name: None)
+    gpu = replace(bundle, model=copy.deepcopy(bundle.model).to("meta"))  # any device that is no CPU
+    assert list(backends._candidates(gpu, "auto")) == ["torch", "torch-bf16", "torch-compile"]
+    assert "torch-compile" not in backends._candidates(bundle, "auto")
 
 
 def wrong(bundle: Bundle) -> Towers:

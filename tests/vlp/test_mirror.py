@@ -9,6 +9,7 @@ import fsspec
 import pytest
 from click.testing import CliRunner
 from fsspec.implementations.memory import MemoryFileSystem
+from safetensors.torch import load_file
 
 from data_pipelines import mirror as folders
 from data_pipelines.errors import BundleError, ConfigError, PipelineError
@@ -20,6 +21,10 @@ from vlp.bundle import load_bundle
 from vlp.checkpoint import checkpoints
 from vlp.cli import cli
 from vlp.mirror import Mirror
+from vlp.models import build_model
+from vlp.models.config import ModelConfig
+from vlp.models.folders import WEIGHTS
+from vlp.models.weights import read_weights
 from vlp.recipe import Recipe
 from vlp.train import train
 
@@ -158,6 +163,41 @@ def test_a_run_goes_on_elsewhere_from_the_store_alone(
     assert source.loaded.engine.dim == 16
     ours, whole = load_bundle(Path(URL)), load_bundle(tmp_path / "whole")
     assert all(value.equal(whole.model.state_dict()[name]) for name, value in ours.model.state_dict().items())
+
+
+def test_a_run_starts_from_weights_on_a_store(
+    micro_recipe: Callable[..., Recipe], trained: Path, tmp_path: Path, store: MemoryFileSystem
+) -> None:
+    """From a bundle there, one file of it, and its image tower alone: the same start as from the folder here."""
+    push(trained / "bundle", Store(URL), "bundle")
+    inner = f"bundle/{WEIGHTS}"
+    expected = load_file(trained / inner)
+    starts: list[dict[str, Any]] = [
+        {"weights": URL, "name": f"local-dir:{URL}"},
+        {"weights": f"{URL}/{inner}", "name": f"local-dir:{trained}"},
+        {"image_weights": f"{URL}/{inner}", "name": f"local-dir:{trained}"},
+    ]
+    for start in starts:
+        model, _ = build_model(ModelConfig.model_validate(start), 16, 12, 512)
+        for name, value in model.state_dict().items():
+            if "image_weights" not in start or name.startswith("visual."):
+                assert value.equal(expected[name]), (start, name)
+    recipe = micro_recipe()
+    changed = {"model": {"weights": URL, "name": f"local-dir:{URL}"}, "tokenizer": {"kind": "weights"}}
+    summary = train(
+        recipe.model_copy(
+            update={key: type(getattr(recipe, key)).model_validate(value) for key, value in changed.items()}
+        ),
+        tmp_path / "on",
+        show=False,
+    )
+    assert summary["steps"] == 12
+    store.pipe(f"/bucket/runs/a/{inner}", b"other")
+    with pytest.raises(BundleError, match="cannot be read as plain tensors"):
+        read_weights(f"{URL}/{inner}", "model.weights")
+    for missing in (f"{URL}/none.pt", "memory://bucket/none"):
+        with pytest.raises(PipelineError, match="none"):
+            read_weights(missing, "model.weights")
 
 
 def test_commands_refuse_a_run_that_is_there_and_a_bundle_that_is_not(

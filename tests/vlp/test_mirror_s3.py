@@ -16,13 +16,12 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from tests.s3_server import credentials, make_bucket, s3_server
 from vlp.bundle import load_bundle
 from vlp.recipe import Recipe, dump
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # s3fs warns about its own insides
 
-MOTO = Path(sys.prefix) / "peers/moto/bin/moto_server"
-"""In an environment of its own: its demands on versions contradict those of s3fs."""
 REFUSAL = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
@@ -74,36 +73,18 @@ class Connection(socketserver.BaseRequestHandler):
 @pytest.fixture
 def faults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Faults]:
     """An S3 server with an empty bucket, seen through faults."""
-    pytest.importorskip("s3fs")
-    if not MOTO.exists():
-        pytest.skip("the S3 server is not installed: make prove-data does it")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen([MOTO, "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 120
-    with Faults(port) as proxy:
-        settings = {"ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_address[1]}", "ACCESS_KEY_ID": "a",
-                    "SECRET_ACCESS_KEY": "b", "DEFAULT_REGION": "us-east-1"}  # fmt: skip
-        for name, value in settings.items():
-            monkeypatch.setenv(f"AWS_{name}", value)
-        monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
+    with s3_server() as port, Faults(port) as proxy:
+        for name, value in credentials(f"127.0.0.1:{proxy.server_address[1]}").items():
+            monkeypatch.setenv(name, value)
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         try:
-            while True:
-                with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                    break
-                assert server.poll() is None
-                assert time.monotonic() < until
-                time.sleep(0.2)
             proxy.on = False
-            fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+            make_bucket()
             proxy.on = True
             yield proxy
         finally:
             proxy.shutdown()
-            server.kill()
-            server.wait()
 
 
 def vlp(*arguments: str, cache: Path) -> dict[str, object]:

@@ -27,6 +27,7 @@ from open_clip.coca_model import CoCa  # noqa: E402
 from open_clip.model import CLIP, CustomTextCLIP  # noqa: E402
 
 from vlp.models import locking  # noqa: E402
+from vlp.models.folders import place_of  # noqa: E402
 from vlp.models.towers import load_image_tower, load_text_tower  # noqa: E402
 from vlp.models.weights import config_of_folder, load_model  # noqa: E402
 
@@ -44,7 +45,7 @@ def resolve_config(config: ModelConfig) -> ModelDict:
     if config.config is not None:
         found = deepcopy(config.config)
     elif config.name.startswith(LOCAL):
-        found = config_of_folder(Path(config.name.removeprefix(LOCAL)))
+        found = config_of_folder(place_of(config.name.removeprefix(LOCAL)))
     elif config.name in own_configs():
         text = (
             resources.files("vlp.models")

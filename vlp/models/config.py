@@ -29,7 +29,8 @@ class ModelConfig(StrictModel):
     the config."""
     weights: str | None = None
     """Weights of the whole model: an open_clip checkpoint (.pt, .pth, .bin), a .safetensors file, an open_clip folder,
-    a Hugging Face CLIPModel folder, a bundle or a run. Positions are fitted to another picture size or text length."""
+    a Hugging Face CLIPModel folder, a bundle or a run; bundles, runs and files may lie on an object store
+    (`s3://bucket/runs/mine`). Positions are fitted to another picture size or text length."""
     stem: Stem | None = None
     """First layer where RGB weights meet other channels. mean: every channel gets the mean RGB kernel; repeat: R, G, B
     in turn; both times 3/channels, so that activations keep their size. random: fresh weights, as in SoftCon."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import BundleError
-from data_pipelines.mirror import as_url, local_copy
+from data_pipelines.mirror import as_url, local_copy, local_file
 from vlp.models.config import ModelDict
 
 INFO, CONFIG, WEIGHTS, VOCABULARY = (
@@ -22,6 +22,8 @@ WEIGHT_FILES = (
     "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth",
 )  # fmt: skip
 """In open_clip's order."""
+SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+"""Of files with weights."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -48,6 +50,17 @@ def find_bundle(path: Path) -> Path:
     if not path.is_dir():
         raise BundleError(f"{path}: no such folder; a bundle is a folder, for example runs/demo/bundle")
     raise BundleError(f"{path}: neither a bundle ({INFO}) nor an open_clip folder ({CONFIG}); did training finish?")
+
+
+def place_of(source: Path | str) -> Path:
+    """Where weights that a recipe names lie on this machine; of a URL of an object store, a copy of them here.
+
+    There it may be a bundle or a run that was sent whole, or one file. Raises BundleError, PipelineError.
+    """
+    url = as_url(source)
+    if url is None:
+        return Path(source)
+    return local_file(url) if url.endswith(SUFFIXES) else find_bundle(Path(url))
 
 
 def is_hf_clip(folder: Path) -> bool:

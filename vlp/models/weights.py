@@ -26,7 +26,17 @@ from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-d
 from data_pipelines.errors import BundleError, ConfigError
 from data_pipelines.files import sha256_file
 from vlp.models.config import ModelDict, Stem
-from vlp.models.folders import HF_CONFIG, INFO, WEIGHTS, find_bundle, is_hf_clip, model_cfg_of, read_json, weights_file
+from vlp.models.folders import (
+    HF_CONFIG,
+    INFO,
+    WEIGHTS,
+    find_bundle,
+    is_hf_clip,
+    model_cfg_of,
+    place_of,
+    read_json,
+    weights_file,
+)
 from vlp.models.hf_clip import model_cfg_from_hf, state_from_hf
 
 log = logging.getLogger(__name__)
@@ -46,7 +56,7 @@ def read_weights(source: str, option: str) -> State:
 
     `option` names the setting in errors. Raises ConfigError when nothing is there, BundleError when it is damaged.
     """
-    path = Path(source)
+    path = place_of(source)
     if path.is_dir():
         hf = is_hf_clip(path)
         folder = path if hf or (path / HF_CONFIG).is_file() else find_bundle(path)
@@ -86,8 +96,8 @@ def read_file(path: Path) -> State:
 def load_model(model: nn.Module, model_cfg: ModelDict, source: str, stem: Stem | None) -> None:
     """Load the weights of a whole model. Raises ConfigError naming what does not fit and what to set."""
     where = f"model.weights={source!r}"
-    if Path(source).is_dir():
-        _check_arithmetic(model_cfg, config_of_folder(Path(source)), where)
+    if (place := place_of(source)).is_dir():
+        _check_arithmetic(model_cfg, config_of_folder(place), where)
     state = rename(model, read_weights(source, "model.weights"))
     load(model, state, model.state_dict().keys(), where, stem)
 

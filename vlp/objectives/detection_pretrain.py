@@ -12,9 +12,15 @@ that ranks, parts of a batch and resumes see the same ones. Beside the paper's m
 each pair the boxes are weighed by their similarity to that pair's text (PACL: Mukhoti et al. 2022, arXiv 2212.04994,
 equation 3), which leaves the embedding of a single box in the space of the texts.
 
-Suffixes: B samples, M boxes, D width of the shared space, R pictures and C texts of all pairs.
+`crop_weight` adds what the captions taught the whole-picture tower: every box is drawn to what the tower as it started
+makes of the box cut out as a picture (CLIPSelf: Wu et al. 2023, arXiv 2310.01403, here with the boxes of the contrast):
+
+    L_crop = mean over l and boxes of 1 - cos(head(RoIAlign(pyramid^l, box)), tower(crop(picture, box)))
+
+Suffixes: B samples, M boxes, N boxes of all samples, D width of the shared space, R pictures and C texts of all pairs.
 """
 
+import copy
 import hashlib
 import math
 from collections.abc import Sequence
@@ -33,7 +39,9 @@ from data_pipelines.errors import ConfigError
 from vlp.detection.cost import region_flops, region_pass
 from vlp.detection.maps import MapTower, maps_of
 from vlp.detection.model import NAME, DetectionParts, PartsConfig, has_parts, load_parts, make_parts
-from vlp.distributed import gather
+from vlp.detection.roi import roi_align
+from vlp.distributed import gather, is_sharded
+from vlp.models.folders import place_of
 from vlp.objectives.base import (
     Coupling,
     Dims,
@@ -59,6 +67,8 @@ NEUTRAL: dict[str, Any] | None = {"region_weight": 0, "clip_weight": 1}
 Pool = Literal["max", "mean", "attention"]
 LEVEL = "level "
 """Beginning of the names under which features carry the regions of a level."""
+CROP = "crop"
+"""Name under which they carry every box's cosine with its crop, BM: the mean over levels."""
 
 
 class Config(StrictModel):
@@ -70,6 +80,8 @@ class Config(StrictModel):
     """Weight of the mean over levels."""
     clip_weight: float = Field(0.0, ge=0)
     """Weight of CLIP between whole pictures and texts, from the same pass; the paper trains regions alone."""
+    crop_weight: float = Field(0.0, ge=0)
+    """Weight of the likeness of regions to what the tower made of them as pictures at the start."""
     pool: Pool = "max"
     """How the boxes of a picture become one vector. max: the paper's. mean: of all boxes. attention: per text, weighed
     by their similarity to it."""
@@ -93,15 +105,16 @@ class Config(StrictModel):
 
     @model_validator(mode="after")
     def _every_option_has_an_effect(self) -> "Config":
-        if self.region_weight == self.clip_weight == 0:
-            raise ConfigError("objective.region_weight and objective.clip_weight are both 0: set one of them")
+        if self.region_weight == self.clip_weight == self.crop_weight == 0:
+            raise ConfigError("objective.region_weight, clip_weight and crop_weight are all 0: set one of them")
         if self.min_side > self.max_side:
             raise ConfigError(
                 f"objective.min_side={self.min_side} is above objective.max_side={self.max_side}: lower it"
             )
         boxes = ("boxes", "min_side", "max_side", "max_aspect", "whole", "seed")
         idle = {
-            "region_weight=0": () if self.region_weight else ("pool", *boxes, "parts", "start"),
+            "region_weight=0": () if self.region_weight else ("pool",),
+            "region_weight=0 and crop_weight=0": () if self.has_regions else (*boxes, "parts", "start"),
             f"pool={self.pool}": () if self.pool == "attention" else ("pool_temperature",),
         }
         refuse_idle(self, idle)
@@ -113,6 +126,11 @@ class Config(StrictModel):
                     "compares every box with every text on each rank: leave them out"
                 )
         return self
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether anything is learned from boxes."""
+        return bool(self.region_weight or self.crop_weight)
 
 
 def random_boxes(keys: Sequence[str], update: int, config: Config) -> Tensor:
@@ -167,12 +185,14 @@ class DetectionPretrain(nn.Module):
         self.parts: DetectionParts | None = None
         self._tower: tuple[MapTower, ...] = ()
         """In a tuple, so that the model's parameters do not become the objective's."""
-        if config.region_weight:
+        self._teacher: tuple[nn.Module, ...] = ()
+        """The tower as it started; not saved, for it starts the same in a resumed run."""
+        if config.has_regions:
             self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def attach(self, model: nn.Module) -> None:
-        """Make the pyramid and the heads, or load them. Raises ConfigError, BundleError."""
-        if not self.config.region_weight:
+        """Make the pyramid and the heads, or load them; keep a copy of the tower. Raises ConfigError, BundleError."""
+        if not self.config.has_regions:
             return
         self._tower = (maps_of(model),)
         self.parts = start_parts(self.config.parts, self.config.start, self.dims, model)
@@ -181,10 +201,23 @@ class DetectionPretrain(nn.Module):
         # trained in fine-tuning; what gets no gradient would only be moved by weight decay
         for unused in (self.parts.dense, self.parts.background_D, self.parts.log_scale):
             unused.requires_grad_(False)
+        if self.config.crop_weight:
+            self._teacher = (self._start_of(model),)
+
+    def _start_of(self, model: Any) -> nn.Module:
+        if self.dims.weights is None:
+            raise ConfigError(
+                f"objective.crop_weight={self.config.crop_weight} teaches regions what the tower makes of crops at the "
+                "start, which is nothing yet: set model.weights to a trained bundle or run"
+            )
+        if any(is_sharded(parameter) for parameter in model.visual.parameters()):
+            raise ConfigError("objective.crop_weight copies the image tower: set run.strategy=ddp, not fsdp")
+        teacher: nn.Module = copy.deepcopy(model.visual)
+        return teacher.eval().requires_grad_(False)
 
     def after_step(self, model: nn.Module) -> None:
         """Count."""
-        if self.config.region_weight:
+        if self.config.has_regions:
             self.updates += 1
 
     def extra_parts(self) -> dict[str, nn.Module]:
@@ -213,16 +246,26 @@ class DetectionPretrain(nn.Module):
         with phase("forward_image"):
             levels = self.parts.levels(tower, pixels_BCHW)
             regions = self.parts.embed(levels, boxes_BM4)
+        extra = {} if not config.crop_weight else {CROP: self._likeness(regions, pixels_BCHW, boxes_BM4)}
         if config.pool != "attention":
             regions = [pool_boxes(regions_BMD, config.pool) for regions_BMD in regions]
         text_BD = model.encode_text(batch.text_input, normalize=True)
         # without CLIP's weight its features only say how many samples there are, and lead no gradient to the tower
         image_BD = F.normalize(levels.embedding_BD, dim=-1) if config.clip_weight else text_BD.detach()
-        features = Features(image_BD, text_BD, extra={f"{LEVEL}{n}": found for n, found in enumerate(regions)})
+        extra |= {f"{LEVEL}{n}": found for n, found in enumerate(regions)} if config.region_weight else {}
+        features = Features(image_BD, text_BD, extra=extra)
         return with_phrases(features, batch, config.clip.mask, "detection_pretrain")
 
+    def _likeness(self, regions: Sequence[Tensor], pixels_BCHW: Tensor, boxes_BM4: Tensor) -> Tensor:
+        """BM: mean over levels of the cosine of every region with the tower's embedding of its crop."""
+        (teacher,) = self._teacher
+        with torch.no_grad(), phase("forward_image"):
+            crops_NCHW = roi_align(pixels_BCHW, boxes_BM4, pixels_BCHW.shape[-1], samples=1).flatten(0, 1)
+            taught_BMD = F.normalize(teacher(crops_NCHW).float(), dim=-1).unflatten(0, boxes_BM4.shape[:2])
+        return torch.stack([(found_BMD * taught_BMD).sum(dim=-1) for found_BMD in regions]).mean(dim=0)
+
     def forward(self, features: Features, logit_scale: Tensor) -> LossOutput:
-        """`clip_weight` x CLIP + `region_weight` x the mean over levels, over the batch of all ranks."""
+        """`clip_weight` x CLIP + `region_weight` x the mean over levels + `crop_weight` x crops, over all ranks."""
         config, losses, parts = self.config, [], {}
         if config.clip_weight:
             loss, forward, backward = clip_loss(features, logit_scale, config.clip)
@@ -234,7 +277,11 @@ class DetectionPretrain(nn.Module):
             losses.append(config.region_weight * torch.stack(levels).mean())
             names = self.parts.config.levels if self.parts is not None else range(len(levels))
             parts |= {f"level_{number}": loss.detach() for number, loss in zip(names, levels, strict=True)}
-        return LossOutput(losses[0] if len(losses) == 1 else losses[0] + losses[1], parts)
+        if CROP in features.extra:
+            parts[CROP] = 1 - gather(features.extra[CROP]).mean()
+            losses.append(config.crop_weight * parts[CROP])
+            parts[CROP] = parts[CROP].detach()
+        return LossOutput(torch.stack(losses).sum(), parts)
 
     def _level_loss(self, regions: Tensor, features: Features, logit_scale: Tensor) -> Tensor:
         """CLIP of one level; `regions`: BD, with attention BMD."""
@@ -255,7 +302,7 @@ class DetectionPretrain(nn.Module):
 
 def start_parts(config: PartsConfig | None, start: Path | None, dims: Dims, model: nn.Module) -> DetectionParts:
     """Parts of a bundle that is trained on, else fresh ones. Raises ConfigError where other sizes are asked for."""
-    source = start or (Path(dims.weights) if dims.weights else None)
+    source = start or (place_of(dims.weights) if dims.weights else None)
     if source is None or (start is None and not (source.is_dir() and has_parts(source))):
         return make_parts(config or PartsConfig(), model, dims.embed)
     parts = load_parts(source, model)
