@@ -135,6 +135,27 @@ def test_claims_with_the_same_baseline_share_its_runs() -> None:
     assert engine.plan(claim_of(), 1, PLACES, "val")[0].folder != first[0].folder
 
 
+def test_a_changed_objective_leaves_runs_of_others_as_they_are() -> None:
+    """By hand: clip's run counts distill, which the trainer imports, and kernel and base; of detection's its own."""
+    trainer = b"from vlp.objectives import base as objectives\nfrom vlp.objectives.distill import seen_by\n"
+    sources = {
+        "vlp/run.py": trainer,
+        "vlp/models/a.json": b"{not python}",
+        "vlp/objectives/base.py": b"import vlp.objectives",
+        "vlp/objectives/clip.py": b"def f():\n    from vlp.objectives import (\n        _kernel,\n        cacr,\n    )",
+        "vlp/objectives/cacr.py": b"import vlp.objectives.entity as other",
+        **{f"vlp/objectives/{name}.py": b"" for name in ("entity", "distill", "mlcd", "siglip")},
+    }
+    idle = engine.idle_objectives("clip", sources)
+    names = {Path(name).stem for name in idle if name in sources}
+    assert names == {"mlcd", "siglip"}
+    assert engine.idle_objectives("mlcd", sources) & sources.keys() == {
+        f"vlp/objectives/{name}.py" for name in ("clip", "cacr", "entity", "siglip")
+    }
+    digests = [engine.code_digest(name) for name in (None, "clip", "siglip")]
+    assert len(set(digests)) == 3
+
+
 def test_steps_come_before_the_arms_that_name_them() -> None:
     claim = claim_of(
         arms={"treated": ["data.keep={made}/keep.txt"], "plain": []},

@@ -4,6 +4,7 @@ A run's folder is named by all it depends on - its resolved recipe, the data, th
 goes on, claims with the same baseline share its runs, and changed code never meets old numbers.
 """
 
+import ast
 import fcntl
 import hashlib
 import json
@@ -34,6 +35,7 @@ from data_pipelines.errors import ConfigError, PipelineError
 from data_pipelines.files import cache_dir, write_atomic
 from vlp.claims import PLACE, Claim
 from vlp.claims import data as claim_data
+from vlp.objectives import base as objectives
 from vlp.recipe import load_recipe, validate
 
 DONE = "done.json"
@@ -92,7 +94,8 @@ def _of_seed(claim: Claim, seed: int, places: Mapping[str, Path], on: str) -> li
         texts = [_placed(text, others, places, on) for text in texts]
         settings = None if name in claim.steps else _settings(claim.recipe_of(name), texts, seed, places, on)
         spoken = json.dumps([settings, texts if settings is None else None, seed], sort_keys=True)
-        digest = hashlib.sha256("\n".join((spoken, code_digest(), *map(str, places.values()))).encode()).hexdigest()
+        code = code_digest(settings["objective"]["name"] if settings else None)
+        digest = hashlib.sha256("\n".join((spoken, code, *map(str, places.values()))).encode()).hexdigest()
         folder = runs_folder() / digest[:16]
         command = () if settings else tuple(shlex.split(_placed(texts[0], {name: folder}, {}, on)))
         jobs[name] = Job(name, seed, folder, settings, command, frozenset(others.values()))
@@ -134,17 +137,52 @@ def runs_folder() -> Path:
 
 
 @cache
-def code_digest() -> str:
-    """sha256 over all modules and model configs that training, evaluation, curation and data consist of."""
+def code_digest(objective: str | None = None) -> str:
+    """sha256 over all modules and model configs that training, evaluation, curation and data consist of.
+
+    `objective`: only this one is trained with, so that others count only where something of theirs is imported.
+    """
+    sources = _sources()
+    idle = idle_objectives(objective, sources) if objective is not None else set()
     digest = hashlib.sha256()
+    for name, content in sources.items():
+        if name not in idle:
+            digest.update(name.encode() + b"\0" + content)
+    return digest.hexdigest()
+
+
+def _sources() -> dict[str, bytes]:
+    """Content of the files that count, by package and path."""
+    found = {}
     for package in (data_pipelines, vlp):
         root = Path(package.__file__ or "").parent
         for path in sorted((*root.rglob("*.py"), *root.rglob("*.json"))):
             name = path.relative_to(root).as_posix()
             if name.startswith(("commands/", "claims/")) and name != "commands/curate.py":  # which is a step of claims
                 continue
-            digest.update(name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+            found[f"{root.name}/{name}"] = path.read_bytes()
+    return found
+
+
+def idle_objectives(used: str, sources: Mapping[str, bytes]) -> set[str]:
+    """Files of objectives that neither `used` nor anything but objectives imports, directly or by way of others."""
+    of = {f"vlp/objectives/{name}.py" for name in objectives.names()}
+    reached, open_files = {mine := f"vlp/objectives/{used}.py"}, [mine, *(name for name in sources if name not in of)]
+    while open_files:
+        name = open_files.pop()
+        new = {f"{path}.py" for path in (_imports(sources[name]) if name.endswith(".py") else ())} & of - reached
+        reached |= new
+        open_files += new
+    return of - reached
+
+
+def _imports(source: bytes) -> Iterator[str]:
+    """Everything imported that may be a module, as a path without its suffix."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            package = f"{node.module}." if isinstance(node, ast.ImportFrom) and node.module else ""
+            for name in (package.rstrip("."), *(package + alias.name for alias in node.names)):
+                yield name.replace(".", "/")
 
 
 def places_of(claim: Claim, show: bool) -> dict[str, Path]:
