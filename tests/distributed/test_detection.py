@@ -27,13 +27,13 @@ OPTIONS = {
 }
 
 
-def gradients(rank: int, strategy: Strategy) -> dict[str, list[float]]:
+def gradients(rank: int, strategy: Strategy, crop_weight: float = 0) -> dict[str, list[float]]:
     batch = full_batch(COUNT).split(distributed.world_size())[distributed.rank()]
     torch.manual_seed(0)
     model = instantiate(VIT)
     distributed.wrap(model, strategy)
-    module, config = base.load(OPTIONS)
-    objective = module.build(config, base.Dims(16, 2.0))
+    module, config = base.load({**OPTIONS, "crop_weight": crop_weight})
+    objective = module.build(config, base.Dims(16, 2.0, weights="no/folder"))
     torch.manual_seed(1)
     objective.attach(model)
     torch.nn.init.normal_(objective.parts.region.out.weight)
@@ -44,11 +44,11 @@ def gradients(rank: int, strategy: Strategy) -> dict[str, list[float]]:
     return {name: distributed.whole(p.grad).flatten().tolist() for name, p in named.items() if p.grad is not None}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_ranks_equal_one_process(strategy: Strategy) -> None:
-    expected = gradients(0, "ddp")
+@pytest.mark.parametrize(("strategy", "crop_weight"), [("ddp", 0.0), ("ddp", 2.0), ("fsdp", 0.0)])
+def test_two_ranks_equal_one_process(strategy: Strategy, crop_weight: float) -> None:
+    expected = gradients(0, "ddp", crop_weight)
     assert len(expected) > 60
-    for found in run_ranks(gradients, 2, (strategy,)):
+    for found in run_ranks(gradients, 2, (strategy, crop_weight)):
         assert found.keys() == expected.keys()
         wanted, got = (torch.cat([torch.tensor(part[name]) for name in expected]) for part in (expected, found))
         assert (got - wanted).norm() <= 2e-5 * wanted.norm()

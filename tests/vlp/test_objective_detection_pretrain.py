@@ -1,5 +1,6 @@
 """Random boxes, pooling over them, and the loss over levels: by hand, against slow versions, and in a run."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -15,7 +16,7 @@ from data_pipelines.errors import BundleError, ConfigError
 from vlp.bundle import save_bundle
 from vlp.detection.model import NAME, PartsConfig, make_parts
 from vlp.models import instantiate
-from vlp.objectives import base, clip
+from vlp.objectives import base, clip, detection_pretrain
 from vlp.objectives.base import Dims, Features
 from vlp.objectives.detection_pretrain import (
     Config,
@@ -33,10 +34,10 @@ PARTS = MICRO_OPTIONS["detection_pretrain"]["parts"]
 SMALL = PartsConfig.model_validate(PARTS)
 
 
-def made(**options: Any) -> tuple[Any, DetectionPretrain]:
+def made(dims: dict[str, Any] | None = None, /, **options: Any) -> tuple[Any, DetectionPretrain]:
     torch.manual_seed(0)
     model = instantiate(MICRO)
-    objective = build(Config.model_validate({"boxes": 3, "parts": PARTS, **options}), DIMS)
+    objective = build(Config.model_validate({"boxes": 3, "parts": PARTS, **options}), replace(DIMS, **(dims or {})))
     objective.attach(model)
     return model, objective
 
@@ -131,6 +132,58 @@ def test_the_loss_by_hand() -> None:
     }  # fmt: skip
 
 
+def test_the_crop_term_by_hand() -> None:
+    """Cosines 1, 0.5, 0 and 0.5 of two pictures with two boxes each: 1 - 0.5, weighed 2; beside it one level's ln 2."""
+    same, cosines = torch.full((2, 2), 0.5**0.5), torch.tensor([[1.0, 0.5], [0.0, 0.5]])
+    objective = build(Config(crop_weight=2), replace(DIMS, weights="x"))
+    output = objective(Features(same, same, extra={"level 0": same, "crop": cosines}), torch.tensor(2.0))
+    assert output.loss.item() == pytest.approx(1 + math.log(2), abs=1e-5)
+    assert {name: round(float(value), 5) for name, value in output.parts.items()} == {"level_0": 0.69315, "crop": 0.5}
+
+
+@pytest.mark.parametrize("region_weight", [0.0, 0.3])
+def test_boxes_are_compared_with_what_the_first_tower_makes_of_them_as_pictures(region_weight: float) -> None:
+    """Box by box, every crop read off the picture by its own grid of points."""
+    sides = {"min_side": 0.5, "max_side": 0.5, "max_aspect": 1.0, "whole": False}
+    model, objective = made({"weights": "x"}, crop_weight=1.0, region_weight=region_weight, boxes=2, **sides)
+    first = copy.deepcopy(model.visual)
+    with torch.no_grad():  # the teacher stays what the tower was
+        for parameter in model.parameters():
+            parameter.add_(0.05)
+    pixels, batch = network_input(full_batch(3))
+    features = objective.encode(model, pixels, batch)
+    assert ("level 0" in features.extra) == bool(region_weight)
+    assert objective.parts is not None
+    boxes = random_boxes(batch.keys, 0, objective.config)
+    side = pixels.shape[-1]
+    regions = objective.parts.embed(objective.parts.levels(objective._tower[0], pixels), boxes)
+    for row, found in enumerate(features.extra["crop"]):
+        for box, cosine in zip(boxes[row], found, strict=True):
+            grid = [
+                (low + (high - low) * (torch.arange(side) + 0.5) / side) * 2 - 1
+                for low, high in zip(box[:2], box[2:], strict=True)
+            ]
+            places = torch.stack(torch.meshgrid(grid[1], grid[0], indexing="ij")[::-1], dim=-1)
+            crop = F.grid_sample(pixels[row : row + 1], places[None], padding_mode="border", align_corners=False)
+            taught = F.normalize(first.eval()(crop), dim=-1)[0]
+            number = [torch.equal(box, other) for other in boxes[row]].index(True)
+            expected = torch.stack([level[row, number] @ taught for level in regions]).mean()
+            torch.testing.assert_close(cosine, expected, rtol=1e-4, atol=1e-5)
+    objective(features, torch.tensor(10.0)).loss.backward()
+    assert all(parameter.grad is None for parameter in objective._teacher[0].parameters())
+    moved = {name.partition(".")[0] for name, value in objective.parts.named_parameters() if value.grad is not None}
+    assert moved == {"pyramid", "region"}
+    assert not any("teacher" in name for name in objective.state_dict())
+
+
+def test_the_first_tower_must_have_learned_something_and_be_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"crop_weight=1\.0 teaches .* set model\.weights"):
+        made(crop_weight=1)
+    monkeypatch.setattr(detection_pretrain, "is_sharded", lambda _parameter: True)
+    with pytest.raises(ConfigError, match="run.strategy=ddp"):
+        made({"weights": "x"}, crop_weight=1)
+
+
 @pytest.mark.parametrize("pool", ["max", "mean", "attention"])
 def test_every_pool_masks_and_smooths_as_clip_does(pool: str) -> None:
     """One box a picture: whatever the pool, the loss of its level is CLIP's on that box."""
@@ -215,10 +268,14 @@ def test_a_run_goes_on_with_the_parts_of_its_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"region_weight": 0}, "both 0"),
+        ({"region_weight": 0}, "all 0"),
         ({"min_side": 0.5, "max_side": 0.4}, "min_side=0.5 is above"),
         ({"pool_temperature": 0.2}, "pool_temperature=0.2 has no effect with objective.pool=max"),
-        ({"region_weight": 0, "clip_weight": 1, "boxes": 4}, "boxes=4 has no effect with objective.region_weight=0"),
+        (
+            {"region_weight": 0, "clip_weight": 1, "boxes": 4},
+            "boxes=4 has no effect with objective.region_weight=0 and",
+        ),
+        ({"region_weight": 0, "crop_weight": 1, "pool": "mean"}, "pool=mean has no effect"),
         ({"pool": "attention", "clip": {"exchange": "ring"}}, "no effect with objective.pool=attention"),
         ({"parts": {"windows": 4}}, "parts.*windows"),
     ],
