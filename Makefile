@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: s3 help setup demo test browser clients openapi bench-data prove-data bench-train prove-train bench-backdoor bench-detection prove-trust bench-serve prove-server prove-docs claims locks prove-containers bench docs format clean
+.PHONY: help setup demo test browser clients openapi bench-data prove-data bench-train prove-train bench-backdoor bench-detection prove-trust bench-serve prove-server prove-docs claims locks store prove-containers bench docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -115,7 +115,7 @@ claims: setup  ## every claim with three seeds, and both tables of the README (a
 
 # Its demands on versions contradict those of s3fs.
 S3_STAMP = $(PEERS)/moto/.ready
-s3: $(S3_STAMP)  ## an S3 server in an environment of its own, for the proofs with object stores
+store: $(S3_STAMP)  ## an S3 server in an environment of its own, for the proofs with object stores
 $(S3_STAMP): $(STAMP)
 	$(call step,S3 server,$(BIN)/python -m pip install --disable-pip-version-check --editable '.[serve$(COMMA)dev$(COMMA)s3]'; \
 	  $(PYTHON) -m venv $(PEERS)/moto; $(PEERS)/moto/bin/python -m pip install --disable-pip-version-check 'moto[server]')

@@ -32,7 +32,7 @@ def s3_server(host: str = "127.0.0.1") -> Iterator[int]:
     """Its port. Without the server, or s3fs, the test is skipped."""
     pytest.importorskip("s3fs")
     if not MOTO.exists():
-        pytest.skip("the S3 server is not installed: make s3 does it")
+        pytest.skip("the S3 server is not installed: make store does it")
     with socket.socket() as free:
         free.bind((host, 0))
         port = int(free.getsockname()[1])
