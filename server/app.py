@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from types import ModuleType
 
 from fastapi import Depends, FastAPI
@@ -90,14 +91,15 @@ def create_app(
     app.add_exception_handler(HTTPException, on_http_error)
     for kind in INDEX_ERRORS:
         app.add_exception_handler(kind, on_index_error)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST", "PUT", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
-            expose_headers=["X-Request-Id", "X-Guard-Flagged", "X-Guard-Score", "Retry-After"],
-        )  # fmt: skip
+    cors = partial(
+        CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST", "PUT", "DELETE"],
+        allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+        expose_headers=["X-Request-Id", "X-Guard-Flagged", "X-Guard-Score", "Retry-After"],
+    )  # fmt: skip
     seeing = [route for module in SEEING for route in module.router.routes]
-    app.add_middleware(RequestContext, services=services, seeing=seeing)
+    app.add_middleware(
+        RequestContext, services=services, seeing=seeing, sharing=cors if settings.cors_origins else None
+    )
     app.include_router(page.router)
     app.include_router(health.router)
     app.include_router(operations.router)

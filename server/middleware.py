@@ -6,7 +6,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -56,9 +56,19 @@ class _Exchange:
 class RequestContext:
     """ASGI middleware; counts the requests in progress."""
 
-    def __init__(self, app: ASGIApp, services: Services, seeing: Sequence[BaseRoute]) -> None:
-        """`seeing`: routes whose large bodies hold pictures, refused unread when there is no room for any."""
-        self._app = app
+    def __init__(
+        self,
+        app: ASGIApp,
+        services: Services,
+        seeing: Sequence[BaseRoute],
+        sharing: Callable[[ASGIApp], ASGIApp] | None = None,
+    ) -> None:
+        """`seeing`: routes whose large bodies hold pictures, refused unread when there is no room for any.
+
+        `sharing`: tells pages of other origins what they may read, of refusals as of answers.
+        """
+        self._share = sharing or (lambda inner: inner)
+        self._app = self._share(app)
         self._services = services
         self._seeing = [route for route in seeing if isinstance(route, Route) and "POST" in (route.methods or ())]
         self._most = services.settings.limits.requests
@@ -92,13 +102,13 @@ class RequestContext:
             if refusal is None:
                 await self._app(scope, receive_noted, send_marked)
             else:
-                await answer(refusal, scope["path"])(scope, receive, send_marked)
+                await self._share(answer(refusal, scope["path"]))(scope, receive, send_marked)
         except Exception:  # the last line of defence: the client gets an id, the log the traceback
             log.exception("request %s failed", state.id)
             if exchange.status:
                 raise  # part of an answer is out; the connection has to break
             failure = ApiError(500, f"internal error; the log has it under request id {state.id}", "internal_error")
-            await answer(failure, scope["path"])(scope, receive, send_marked)
+            await self._share(answer(failure, scope["path"]))(scope, receive, send_marked)
         finally:
             self._running -= 1
             state.release()
