@@ -15,6 +15,7 @@ from torch import Tensor
 from data_pipelines.errors import BundleError, ConfigError
 from vlp.bundle import save_bundle
 from vlp.detection.model import NAME, PartsConfig, make_parts
+from vlp.flops import count
 from vlp.models import instantiate
 from vlp.objectives import base, clip, detection_pretrain
 from vlp.objectives.base import Dims, Features
@@ -298,6 +299,9 @@ def test_flops_by_hand() -> None:
     boxes = 3 * (4 * (16 + 4) * 8 + 2 * (4 * 9 * 8 * 8 + 32 * 16 + 16 * 16))
     found = objective.more_flops(model.to("meta").eval().requires_grad_(False), 16, 3, 3)
     assert found == 3 * 2 * (fine + coarse + boxes)
+    _, with_crops = made({"weights": "x"}, crop_weight=1)
+    picture = torch.empty(1, 3, 16, 16, device="meta")
+    assert with_crops.more_flops(model, 16, 3, 3) - found == 3 * count(lambda: model.encode_image(picture))
 
 
 def test_the_recipe_says_how_its_parts_are_made() -> None:

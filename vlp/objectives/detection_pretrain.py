@@ -41,6 +41,7 @@ from vlp.detection.maps import MapTower, maps_of
 from vlp.detection.model import NAME, DetectionParts, PartsConfig, has_parts, load_parts, make_parts
 from vlp.detection.roi import roi_align
 from vlp.distributed import gather, is_sharded
+from vlp.flops import count
 from vlp.models.folders import place_of
 from vlp.objectives.base import (
     Coupling,
@@ -228,7 +229,9 @@ class DetectionPretrain(nn.Module):
         """What regions cost beside one pass of the towers, forward and backward, of one sample."""
         if self.parts is None:
             return 0
-        return region_flops(model, self.parts, side, channels, self.config.boxes, passes)
+        crop_BCHW = torch.empty(1, channels, side, side, device="meta")
+        crops = self.config.boxes * count(lambda: model.encode_image(crop_BCHW)) if self.config.crop_weight else 0  # type: ignore[operator]
+        return crops + region_flops(model, self.parts, side, channels, self.config.boxes, passes)
 
     def picture_pass(self, model: Any, pixels_BCHW: Tensor) -> object:
         """What is computed of pictures, for an estimate of its memory."""
