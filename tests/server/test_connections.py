@@ -1,6 +1,7 @@
 """Connections that would be held for nothing are let go: over raw sockets, with the protocol `vlp serve` uses."""
 
 import contextlib
+import http.client
 import socket
 import threading
 import time
@@ -108,7 +109,9 @@ def test_an_ordinary_head_after_a_long_body_is_fine(port: int) -> None:
             raw.sendall(
                 b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
             )
-            assert raw.recv(65536).startswith(b"HTTP/1.1 200")
+            answer = http.client.HTTPResponse(raw)  # which may come in several pieces
+            answer.begin()
+            assert (answer.status, answer.read()[:1]) == (200, b"{")
 
 
 def test_an_answer_that_nobody_reads(port: int) -> None:
