@@ -20,7 +20,7 @@ from vlp.cli import cli
 SUITE = "detection"
 PROMISES = {
     "detection_pretrain": (
-        "regions named right after pretraining by captions alone, over the image-level tower",
+        "regions named right after pretraining without boxes, over the image-level tower",
         "the same, over the region heads before they learned",
         "AP50 of novel categories, pretraining by regions over equal steps by pictures",
     ),

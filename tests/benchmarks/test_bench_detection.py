@@ -20,10 +20,11 @@ def settings_of(name: str) -> dict[str, Any]:
 
 
 def test_arms_differ_in_what_is_compared_alone() -> None:
-    """Same steps, batches and rates for regions and pictures; the shift is all that differs between both ViTs."""
+    """Same steps and batches for regions and pictures, each at its rate; both ViTs differ in the shift alone."""
     made = settings_of("detection_pretrain")
     longer, regions = made["longer"], made["regions"]
     assert longer.pop("objective") != regions.pop("objective")
+    assert longer["optim"].pop("lr") != regions["optim"].pop("lr")
     assert longer == regions
     tuned = [made[f"{name}_tuned"] for name in ("longer", "regions")]
     assert tuned[0]["model"].pop("weights") != tuned[1]["model"].pop("weights")
