@@ -3,6 +3,8 @@
 import fcntl
 import hashlib
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,16 @@ import pytest
 from data_pipelines import job, sources
 from data_pipelines.files import cache_dir
 from data_pipelines.write import WriteOptions
+
+
+@pytest.fixture(autouse=True)
+def arithmetic() -> Iterator[None]:
+    """Training sets for its process how exactly matrices are multiplied, which what pictures look like depends on."""
+    torch = sys.modules.get("torch")
+    before = torch.get_float32_matmul_precision() if torch is not None else "highest"
+    yield
+    if (torch := sys.modules.get("torch")) is not None and torch.get_float32_matmul_precision() != before:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(scope="session")
