@@ -145,12 +145,7 @@ def local_copy(url: str) -> Path | None:
     found = listing(store, "")
     if found is None:
         return None
-    digest = hashlib.sha256(json.dumps([url, sorted(found.items())]).encode()).hexdigest()
-    folder = cache_dir() / "folders" / digest[:16] / url.rpartition("/")[2]
-    with alone(folder.parent):
-        if not folder.is_dir():
-            pull(store, "", folder)
-    return folder
+    return _kept(url, sorted(found.items()), lambda folder: pull(store, "", folder))
 
 
 def local_file(url: str) -> Path:
@@ -158,14 +153,18 @@ def local_file(url: str) -> Path:
     where, _, name = url.rpartition("/")
     store = Store(where)
     try:
-        version = tried(url, lambda: store.version(name))
-        digest = hashlib.sha256(json.dumps([url, version]).encode()).hexdigest()
-        path = cache_dir() / "folders" / digest[:16] / name
-        with alone(path.parent):
-            if not path.is_file():
-                fetch(store, name, path)
+        return _kept(url, tried(url, lambda: store.version(name)), lambda path: fetch(store, name, path))
     except FileNotFoundError as error:
         raise PipelineError(f"{url}: no such file") from error
+
+
+def _kept(url: str, version: object, bring: Callable[[Path], None]) -> Path:
+    """The copy below the cache folder of what a URL has in this version; brought here if it is not there."""
+    digest = hashlib.sha256(json.dumps([url, version]).encode()).hexdigest()
+    path = cache_dir() / "folders" / digest[:16] / url.rpartition("/")[2]
+    with alone(path.parent):
+        if not path.exists():
+            bring(path)
     return path
 
 

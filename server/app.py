@@ -97,9 +97,8 @@ def create_app(
         expose_headers=["X-Request-Id", "X-Guard-Flagged", "X-Guard-Score", "Retry-After"],
     )  # fmt: skip
     seeing = [route for module in SEEING for route in module.router.routes]
-    app.add_middleware(
-        RequestContext, services=services, seeing=seeing, sharing=cors if settings.cors_origins else None
-    )
+    sharing = cors if settings.cors_origins else None
+    app.add_middleware(RequestContext, services=services, seeing=seeing, sharing=sharing)
     app.include_router(page.router)
     app.include_router(health.router)
     app.include_router(operations.router)

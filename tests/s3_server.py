@@ -14,10 +14,11 @@ import pytest
 MOTO = Path(sys.prefix) / "peers/moto/bin/moto_server"
 
 
-def credentials(address: str) -> dict[str, str]:
-    """What s3fs reads from the environment to find the server at `host:port`."""
+def point_to(address: str, patch: pytest.MonkeyPatch) -> None:
+    """Have s3fs, here and in processes started from here, find the server at `host:port`."""
     found = {"ENDPOINT_URL": f"http://{address}", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}
-    return {f"AWS_{name}": value for name, value in found.items()} | {"AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in {**found, "DEFAULT_REGION": "us-east-1"}.items():
+        patch.setenv(f"AWS_{name}", value)
 
 
 def make_bucket() -> fsspec.AbstractFileSystem:

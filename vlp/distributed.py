@@ -232,6 +232,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of them is; parameters of a module that is to be copied or taken apart."""
+    return any(map(is_sharded, tensors))
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, sharing its memory."""
     part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

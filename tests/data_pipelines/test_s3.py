@@ -12,7 +12,7 @@ from data_pipelines.pictures import WriteOptions
 from data_pipelines.remote import DiskCache
 from data_pipelines.shard_set import ShardSet
 from data_pipelines.verify import verify
-from tests.s3_server import credentials, make_bucket, s3_server
+from tests.s3_server import make_bucket, point_to, s3_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # s3fs warns about its own insides
 
@@ -23,8 +23,7 @@ OPTIONS = WriteOptions(image_size=16, resize_mode="keep_ratio", samples_per_shar
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An empty bucket on a server of this machine."""
     with s3_server() as port:
-        for name, value in credentials(f"127.0.0.1:{port}").items():
-            monkeypatch.setenv(name, value)
+        point_to(f"127.0.0.1:{port}", monkeypatch)
         make_bucket()
         yield "s3://bucket"
 

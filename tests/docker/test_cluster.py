@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.s3_server import credentials, make_bucket, s3_server
+from tests.s3_server import make_bucket, point_to, s3_server
 from tests.vlp.conftest import micro_settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # s3fs warns about its own insides
@@ -115,8 +115,6 @@ class Work:
     recipe: Path
     url: str = ""
     """Of the run, where it lies on a store and every host has a cache of its own."""
-    store: dict[str, str] = field(default_factory=dict)
-    """How the store is reached."""
 
     @property
     def run(self) -> Path:
@@ -127,7 +125,7 @@ class Work:
     def env(self, host: str = "") -> dict[str, str]:
         (self.folder / "keys").mkdir(parents=True, exist_ok=True)
         given = {"KEYS_FOLDER": str(self.folder / "keys"), "LOG": str(self.folder / "log"), "PYTHONPATH": str(ROOT)}
-        own = {"VLP_CACHE": str(self.folder / f"cache-{host}"), **self.store} if self.url else {}
+        own = {"VLP_CACHE": str(self.folder / f"cache-{host}")} if self.url else {}
         return {**os.environ, **given, **own, "OMP_NUM_THREADS": "1", JOINING: "1"}
 
     def command(self, *launcher: str) -> list[str]:
@@ -233,11 +231,9 @@ def test_a_host_falls_silent_and_another_takes_its_place(make: Make, undisturbed
 def test_hosts_share_nothing_but_a_store(make: Make, undisturbed: Work) -> None:
     """One dies, the other goes on; it dies as well, and a third, which has seen nothing of the run, ends it."""
     with hosts(3) as (first, second, third), s3_server(GATEWAY) as port, pytest.MonkeyPatch.context() as patch:
-        store = credentials(f"{GATEWAY}:{port}")
-        for name, value in store.items():
-            patch.setenv(name, value)
+        point_to(f"{GATEWAY}:{port}", patch)
         system = make_bucket()
-        work = replace(make("store"), url="s3://bucket/run", store=store)
+        work = replace(make("store"), url="s3://bucket/run")
         process = work.join(first, first)
         work.join(second, first)
         work.await_steps(31, process)

@@ -28,14 +28,6 @@ def bundle() -> Bundle:
     return micro_bundle()
 
 
-@pytest.fixture(autouse=True)
-def precision() -> Any:
-    """The choice sets it for the process; other tests want it as it was."""
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 def needs(name: str) -> Any:
     missing = {"onnx": ("onnxscript", "onnxruntime"), "openvino": ("openvino",)}.get(name, ())
     absent = [package for package in missing if find_spec(package) is None]

@@ -16,7 +16,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tests.s3_server import credentials, make_bucket, s3_server
+from tests.s3_server import make_bucket, point_to, s3_server
 from vlp.bundle import load_bundle
 from vlp.recipe import Recipe, dump
 
@@ -75,8 +75,7 @@ def faults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Faults]:
     """An S3 server with an empty bucket, seen through faults."""
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
     with s3_server() as port, Faults(port) as proxy:
-        for name, value in credentials(f"127.0.0.1:{proxy.server_address[1]}").items():
-            monkeypatch.setenv(name, value)
+        point_to(f"127.0.0.1:{proxy.server_address[1]}", monkeypatch)
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         try:
             proxy.on = False

@@ -180,7 +180,7 @@ def test_boxes_are_compared_with_what_the_first_tower_makes_of_them_as_pictures(
 def test_the_first_tower_must_have_learned_something_and_be_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"crop_weight=1\.0 teaches .* set model\.weights"):
         made(crop_weight=1)
-    monkeypatch.setattr(detection_pretrain, "is_sharded", lambda _parameter: True)
+    monkeypatch.setattr(detection_pretrain, "any_sharded", lambda _parameters: True)
     with pytest.raises(ConfigError, match="run.strategy=ddp"):
         made({"weights": "x"}, crop_weight=1)
 

@@ -167,22 +167,24 @@ def _sources() -> dict[str, bytes]:
 def idle_objectives(used: str, sources: Mapping[str, bytes]) -> set[str]:
     """Files of objectives that neither `used` nor anything but objectives imports, directly or by way of others."""
     of = {f"vlp/objectives/{name}.py" for name in objectives.names()}
-    reached, open_files = {mine := f"vlp/objectives/{used}.py"}, [mine, *(name for name in sources if name not in of)]
+    reached = {f"vlp/objectives/{used}.py"}
+    open_files = [name for name in sources if name.endswith(".py") and name not in of - reached]
     while open_files:
-        name = open_files.pop()
-        new = {f"{path}.py" for path in (_imports(sources[name]) if name.endswith(".py") else ())} & of - reached
+        new = _imports(sources[open_files.pop()]) & of - reached
         reached |= new
         open_files += new
     return of - reached
 
 
-def _imports(source: bytes) -> Iterator[str]:
-    """Everything imported that may be a module, as a path without its suffix."""
+@cache
+def _imports(source: bytes) -> frozenset[str]:
+    """Everything imported that may be a module, as the path of its file; kept, for every objective asks for it."""
+    found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             package = f"{node.module}." if isinstance(node, ast.ImportFrom) and node.module else ""
-            for name in (package.rstrip("."), *(package + alias.name for alias in node.names)):
-                yield name.replace(".", "/")
+            found |= {package.rstrip("."), *(package + alias.name for alias in node.names)}
+    return frozenset(f"{name.replace('.', '/')}.py" for name in found)
 
 
 def places_of(claim: Claim, show: bool) -> dict[str, Path]:

@@ -19,12 +19,13 @@ def region_flops(
     boxes: int,
     passes: int,
     run: Callable[[nn.Module, DetectionParts, Tensor, int], object] | None = None,
+    crops: int = 0,
 ) -> int:
     """FLOPs of one sample, forward and backward: pyramid and region head on every level, and what windows and a second
     pass change about the tower, which may be negative.
 
     `model`: on the device without data (`meta`). `passes`: that its image tower costs, in forward passes. `run`: what
-    is computed, if not `region_pass`.
+    is computed, if not `region_pass`. `crops`: further pictures that a tower sees without being trained.
     """
     parts = copy.deepcopy(parts).to("meta").eval().requires_grad_(False)
     tower = maps_of(model)
@@ -32,7 +33,7 @@ def region_flops(
     own = count(lambda: tower(pixels, parts.config.window, dense=parts.config.residual))
     plain = count(lambda: model.encode_image(pixels))  # type: ignore[operator]
     whole = count(lambda: (run or region_pass)(model, parts, pixels, boxes))
-    return passes * (own - plain) + TRAINED * (whole - own)
+    return passes * (own - plain) + TRAINED * (whole - own) + crops * plain
 
 
 def region_pass(model: nn.Module, parts: DetectionParts, pixels_BCHW: Tensor, boxes: int) -> list[Tensor]:

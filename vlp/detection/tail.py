@@ -38,7 +38,7 @@ class Tail(nn.Module):
                 f"tail=true: the last stage of the image tower {kind} cannot be taken for regions; set tail to false, "
                 "or model.config to a timm EfficientNet, ResNet or ConvNeXt"
             )
-        if any(distributed.is_sharded(parameter) for parameter in visual.parameters()):
+        if distributed.any_sharded(visual.parameters()):
             raise ConfigError(
                 "run.strategy='fsdp': tail=true copies a part of the tower, which needs run.strategy='ddp'"
             )

@@ -61,7 +61,7 @@ class Tower:
         self._holder, self._name = next(found, (None, ""))
         projection = self._projection
         tensors = [projection] if isinstance(projection, Tensor) else _parameters(projection)
-        if any(distributed.is_sharded(tensor) for tensor in tensors):
+        if distributed.any_sharded(tensors):
             raise ConfigError("run.strategy='fsdp': this objective takes a tower apart, which needs run.strategy='ddp'")
         self.width = tensors[0].shape[0 if isinstance(projection, Tensor) else 1] if tensors else None
         """F; None: that of the embedding."""

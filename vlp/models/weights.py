@@ -98,7 +98,7 @@ def load_model(model: nn.Module, model_cfg: ModelDict, source: str, stem: Stem |
     where = f"model.weights={source!r}"
     if (place := place_of(source)).is_dir():
         _check_arithmetic(model_cfg, config_of_folder(place), where)
-    state = rename(model, read_weights(source, "model.weights"))
+    state = rename(model, read_weights(str(place), "model.weights"))
     load(model, state, model.state_dict().keys(), where, stem)
 
 

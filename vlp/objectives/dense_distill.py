@@ -187,7 +187,7 @@ class DenseDistill(nn.Module):
         """Load or copy the teacher and read the classes. Raises ConfigError for one that cannot teach this student."""
         if not self.config.weight:
             return
-        if any(distributed.is_sharded(parameter) for parameter in model.parameters()):
+        if distributed.any_sharded(model.parameters()):
             raise ConfigError(
                 "objective.name='dense_distill' looks into the image tower: set run.strategy=ddp, not fsdp"
             )

@@ -40,8 +40,7 @@ from vlp.detection.cost import region_flops, region_pass
 from vlp.detection.maps import MapTower, maps_of
 from vlp.detection.model import NAME, DetectionParts, PartsConfig, has_parts, load_parts, make_parts
 from vlp.detection.roi import roi_align
-from vlp.distributed import gather, is_sharded
-from vlp.flops import count
+from vlp.distributed import any_sharded, gather
 from vlp.models.folders import place_of
 from vlp.objectives.base import (
     Coupling,
@@ -211,7 +210,7 @@ class DetectionPretrain(nn.Module):
                 f"objective.crop_weight={self.config.crop_weight} teaches regions what the tower makes of crops at the "
                 "start, which is nothing yet: set model.weights to a trained bundle or run"
             )
-        if any(is_sharded(parameter) for parameter in model.visual.parameters()):
+        if any_sharded(model.visual.parameters()):
             raise ConfigError("objective.crop_weight copies the image tower: set run.strategy=ddp, not fsdp")
         teacher: nn.Module = copy.deepcopy(model.visual)
         return teacher.eval().requires_grad_(False)
@@ -229,9 +228,9 @@ class DetectionPretrain(nn.Module):
         """What regions cost beside one pass of the towers, forward and backward, of one sample."""
         if self.parts is None:
             return 0
-        crop_BCHW = torch.empty(1, channels, side, side, device="meta")
-        crops = self.config.boxes * count(lambda: model.encode_image(crop_BCHW)) if self.config.crop_weight else 0  # type: ignore[operator]
-        return crops + region_flops(model, self.parts, side, channels, self.config.boxes, passes)
+        boxes = self.config.boxes
+        crops = boxes if self.config.crop_weight else 0
+        return region_flops(model, self.parts, side, channels, boxes, passes, crops=crops)
 
     def picture_pass(self, model: Any, pixels_BCHW: Tensor) -> object:
         """What is computed of pictures, for an estimate of its memory."""
@@ -249,13 +248,16 @@ class DetectionPretrain(nn.Module):
         with phase("forward_image"):
             levels = self.parts.levels(tower, pixels_BCHW)
             regions = self.parts.embed(levels, boxes_BM4)
-        extra = {} if not config.crop_weight else {CROP: self._likeness(regions, pixels_BCHW, boxes_BM4)}
-        if config.pool != "attention":
-            regions = [pool_boxes(regions_BMD, config.pool) for regions_BMD in regions]
+        extra = {}
+        if config.crop_weight:
+            extra[CROP] = self._likeness(regions, pixels_BCHW, boxes_BM4)
+        if config.region_weight:
+            pool = config.pool
+            pooled = regions if pool == "attention" else [pool_boxes(regions_BMD, pool) for regions_BMD in regions]
+            extra |= {f"{LEVEL}{number}": found for number, found in enumerate(pooled)}
         text_BD = model.encode_text(batch.text_input, normalize=True)
         # without CLIP's weight its features only say how many samples there are, and lead no gradient to the tower
         image_BD = F.normalize(levels.embedding_BD, dim=-1) if config.clip_weight else text_BD.detach()
-        extra |= {f"{LEVEL}{n}": found for n, found in enumerate(regions)} if config.region_weight else {}
         features = Features(image_BD, text_BD, extra=extra)
         return with_phrases(features, batch, config.clip.mask, "detection_pretrain")
 
@@ -281,9 +283,9 @@ class DetectionPretrain(nn.Module):
             names = self.parts.config.levels if self.parts is not None else range(len(levels))
             parts |= {f"level_{number}": loss.detach() for number, loss in zip(names, levels, strict=True)}
         if CROP in features.extra:
-            parts[CROP] = 1 - gather(features.extra[CROP]).mean()
-            losses.append(config.crop_weight * parts[CROP])
-            parts[CROP] = parts[CROP].detach()
+            crop = 1 - gather(features.extra[CROP]).mean()
+            losses.append(config.crop_weight * crop)
+            parts[CROP] = crop.detach()
         return LossOutput(torch.stack(losses).sum(), parts)
 
     def _level_loss(self, regions: Tensor, features: Features, logit_scale: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class Distill(nn.Module):
         if not self.config.weight:
             return
         if self.config.teacher == START:
-            if any(distributed.is_sharded(parameter) for parameter in model.parameters()):
+            if distributed.any_sharded(model.parameters()):
                 raise ConfigError("objective.teacher='start' copies the model: set run.strategy=ddp, not fsdp")
             teacher = copy.deepcopy(model)
         else:

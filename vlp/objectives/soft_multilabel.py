@@ -128,7 +128,7 @@ class SoftMultilabel(nn.Module):
         if not self.config.viewed:
             return
         students = self._students(model)
-        if any(distributed.is_sharded(parameter) for parameter in students.parameters()):
+        if distributed.any_sharded(students.parameters()):
             raise ConfigError("run.strategy='fsdp': a sharded tower cannot be copied; soft_multilabel needs 'ddp'")
         self.copies = copy.deepcopy(students).float().requires_grad_(False).eval()
 
