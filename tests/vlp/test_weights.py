@@ -16,6 +16,7 @@ from vlp.bundle import check_start, load_tokenizer, save_bundle
 from vlp.export import export_open_clip
 from vlp.models import ModelConfig, build_model, resolve_config
 from vlp.models.config import Stem
+from vlp.models.folders import find_bundle
 from vlp.testing import MICRO, micro_bundle
 from vlp.torchvision_guard import ensure_torchvision
 
@@ -217,6 +218,10 @@ def test_what_does_not_fit_is_counted_and_named(teacher: nn.Module, tmp_path: Pa
         build(tmp_path / "x.pt")
     with pytest.raises(ConfigError, match="no such file"):
         build(tmp_path / "nowhere.pt")
+    with pytest.raises(BundleError, match=r"https://host/x\.pt: models are not fetched from the web"):
+        build("https://host/x.pt")
+    with pytest.raises(BundleError, match="not fetched from the web"):
+        find_bundle(Path("http://host/runs/demo"))
     with pytest.raises(BundleError, match="did training finish"):
         build(tmp_path)
 

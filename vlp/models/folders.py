@@ -6,6 +6,7 @@ from typing import Any
 
 from data_pipelines.errors import BundleError
 from data_pipelines.mirror import as_url, local_copy, local_file
+from data_pipelines.urls import WEB
 from vlp.models.config import ModelDict
 
 INFO, CONFIG, WEIGHTS, VOCABULARY = (
@@ -39,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def find_bundle(path: Path) -> Path:
     """The bundle folder meant by `path`: the folder itself, or `bundle/` below a run; of a URL, a copy of it here."""
-    if url := as_url(path):
+    if url := _on_store(path):
         found = local_copy(url) or local_copy(f"{url}/bundle")
         if found is None:
             raise BundleError(f"{url}: no bundle that was sent whole, nor a run with one; did training finish?")
@@ -52,12 +53,20 @@ def find_bundle(path: Path) -> Path:
     raise BundleError(f"{path}: neither a bundle ({INFO}) nor an open_clip folder ({CONFIG}); did training finish?")
 
 
+def _on_store(source: Path | str) -> str | None:
+    """The URL of an object store; None for a place on this machine. Web addresses are left to the safe fetcher."""
+    url = as_url(source)
+    if url is not None and url.startswith(tuple(f"{scheme}://" for scheme in WEB)):
+        raise BundleError(f"{url}: models are not fetched from the web: download it, and name the file or folder")
+    return url
+
+
 def place_of(source: Path | str) -> Path:
     """Where weights that a recipe names lie on this machine; of a URL of an object store, a copy of them here.
 
     There it may be a bundle or a run that was sent whole, or one file. Raises BundleError, PipelineError.
     """
-    url = as_url(source)
+    url = _on_store(source)
     if url is None:
         return Path(source)
     return local_file(url) if url.endswith(SUFFIXES) else find_bundle(Path(url))
