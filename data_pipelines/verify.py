@@ -26,6 +26,7 @@ from data_pipelines.arrays import load_array
 from data_pipelines.errors import PipelineError, ShardError
 from data_pipelines.folders import JOB, manifest_of, read_job, reason
 from data_pipelines.images import MAX_PIXELS
+from data_pipelines.parquet import read_columns
 from data_pipelines.records import MANIFEST, Manifest, ShardInfo
 from data_pipelines.shard_files import BLOCK, INDEX_COLUMNS, INDEX_SUFFIX
 from data_pipelines.store import TEMP, Store, join
@@ -186,8 +187,8 @@ def _read_beside(split: Split, outcome: Outcome, name: str) -> tuple[dict[str, A
         outcome.fault("missing_file", f"{Path(stem).name}_stats.json is not there")
     try:
         content = split.store.read(f"{stem}.parquet")
-        table = pq.ParquetFile(io.BytesIO(content))
-        rows = table.read([column for column in WANTED if column in table.schema_arrow.names]).to_pylist()
+        names = pq.read_schema(io.BytesIO(content)).names
+        rows = read_columns(content, [column for column in WANTED if column in names]).to_pylist()
     except FileNotFoundError:
         if split.manifest:
             outcome.fault("missing_file", f"{Path(stem).name}.parquet is not there")

@@ -141,6 +141,20 @@ def no_tar_extraction(module: Module) -> Iterator[str]:
             yield f"{call.lineno}: {name}()"
 
 
+def no_reader_threads(module: Module) -> Iterator[str]:
+    """Parquet is read through data_pipelines.parquet: threads of pyarrow's readers may abort a process at its exit."""
+    if floor_of(module.path) != "tests" and module.path != "data_pipelines/parquet.py":
+        for name, call in module.calls():
+            if name.rpartition(".")[2] in {
+                "ParquetFile",
+                "ParquetDataset",
+                "read_table",
+                "read_pandas",
+                "read_parquet",
+            }:
+                yield f"{call.lineno}: {name}()"
+
+
 def short_functions(module: Module) -> Iterator[str]:
     """A function fits on a screen."""
     for node in ast.walk(module.tree):
@@ -212,6 +226,7 @@ RULES = (
     Rule(no_code_from_data, "def f(p):\n    return np.load(p, allow_pickle=True)"),
     Rule(no_code_from_data, "def f(t):\n    subprocess.run(t, shell=True)"),
     Rule(no_tar_extraction, "def f(tar):\n    tarfile.open(tar).extractall('.')"),
+    Rule(no_reader_threads, "def f(p):\n    return pq.read_table(p)"),
     Rule(short_functions, "def f():\n" + "    x = 1\n" * MAX_FUNCTION),
     Rule(short_modules, "x = 1\n" * (MAX_MODULE + 1)),
     Rule(nothing_legacy, "def legacy_load(): ..."),

@@ -133,7 +133,7 @@ def test_own_pictures_become_shards_as_written(tmp_path: Path, starter_shards: P
     assert len(before) == 5
     assert all(block.runs for block in before)
     trouble, _ = readme_blocks.run(before, place)
-    assert not trouble
+    assert not trouble, trouble
     assert (place / "star.png").stat().st_size > 100
 
 

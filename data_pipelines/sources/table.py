@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from data_pipelines import rows
 from data_pipelines.config import StrictModel
 from data_pipelines.errors import BadSample, PipelineError
+from data_pipelines.parquet import read_batches
 from data_pipelines.places import Place, place
 from data_pipelines.records import Record
 
@@ -130,7 +131,7 @@ def count(config: Config) -> int | None:
     for table in tables:
         with table.place.open() as stream:
             try:
-                total += pq.ParquetFile(stream).metadata.num_rows
+                total += pq.read_metadata(stream).num_rows
             except (OSError, pa.ArrowException) as error:
                 raise PipelineError(f"{table.place}: no parquet file, or a damaged one: {error}") from error
     return total
@@ -253,7 +254,7 @@ def _object(row: Any, where: str) -> Found:
 
 
 def _parquet(stream: IO[bytes]) -> Iterator[Found]:
-    for batch in pq.ParquetFile(stream).iter_batches(BATCH):
+    for batch in read_batches(stream, BATCH):
         yield from batch.to_pylist()
 
 
