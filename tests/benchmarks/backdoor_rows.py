@@ -41,7 +41,7 @@ def rows_of(
     rows: list[Figure] = []
     by_trigger: dict[str, Of] = {}
     for trigger in triggers:
-        parts = ("found", "arms", *(("flags",) if audited else ()))
+        parts = ("found", "arms", "flags")
         known = [n for n in range(seeds) if all(f"{bench}/{n}/{trigger}/{part}" in results for part in parts)]
         if not known:
             continue
@@ -53,14 +53,12 @@ def rows_of(
         count = "" if len(known) == seeds else f"{len(known)} of {seeds} seeds; "
         found = [_attack(bench, trigger, of), *_scan(bench, trigger, of)]
         found += [_cleaned(bench, trigger, method, of) for method in methods]
-        found += [_guard(bench, trigger, of)] if audited else []
+        found.append(_guard(bench, trigger, of))
         case = trigger + (f", {len(known)} of {seeds} seeds" if count else "")
         rows += [replace(row, note=count + row.note, case=case) for row in found]
     rows += _flagged(bench, seeds, results)
     if by_trigger:
         rows.append(_best(bench, len(triggers), methods, by_trigger))
-    if not audited:
-        return rows
     models = max(seeds, audited)
     judged = [("judged", ", beside the audit of a clean model"), ("audit", " by itself")]
     return [*rows, *(_audits(bench, models, triggers, results, part, how) for part, how in judged)]

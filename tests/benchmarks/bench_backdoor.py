@@ -44,14 +44,21 @@ class Bench:
     """Where a test picture says what it is."""
     options: Mapping[str, str] = field(default_factory=dict)
     """Of the triggers that are not at their usual strength."""
-    audited: int = 0
-    """Clean models that are audited: twins, references, further twins; 0: no audits and no guards."""
+    audited: int = 10
+    """Clean models that are audited: twins, references, further twins."""
+    audit: str = ""
+    """Further words of the audit's command."""
+
+    @property
+    def named(self) -> str:
+        """Words that tell the scripts which column it is; none for the usual one."""
+        return "" if self.column == "labels" else f"--column {self.column} "
 
 
 FASHION = Bench(
     "fashion", {"shards": "shard fashion-mnist --out {out}"}, "{shards}/train", "{shards}/val", "{shards}/test",
     "backdoor/fashion", 250, ("bag", "trouser", "sandal"), TRIGGERS,
-    ("a photo of a {}", "a grey photo of a {}", "a {} on a black ground", "{}"), audited=10,
+    ("a photo of a {}", "a grey photo of a {}", "a {} on a black ground", "{}"),
 )  # fmt: skip
 """Templates are those of the captions."""
 EMOJI = Bench(
@@ -62,9 +69,11 @@ EMOJI = Bench(
     },
     "{emoji/train}/shards", "{emoji/trusted}/shards", "{emoji/test}/shards",
     "backdoor/emoji", 56, ("pizza", "guitar", "rose"), ("badnet", "blended", "sig"), ("{}",), column="caption",
-    options={"badnet": "--size 0.33", "blended": "--strength 0.4"},
+    options={"badnet": "--size 0.33", "blended": "--strength 0.4"}, audited=11,
+    audit=" --labels tests/benchmarks/emoji_labels.txt --templates {}",
 )  # fmt: skip
-"""Few pictures of many things; what is trusted, and what is tested on, is drawn in a style of its own."""
+"""Few pictures of many things; what is trusted, and what is tested on, is drawn in a style of its own. Audits
+look at ten names of 805, the targets among them."""
 BENCHES = (FASHION, EMOJI)
 
 
@@ -81,7 +90,7 @@ def stages_of(bench: Bench, seed: int) -> list[Stage]:
         _model(bench, seed, "reference", bench.trusted),
         *_twin(bench, seed),
         Stage(f"{own}/twin/scan", _scan(bench, own, f"{{{own}/twin/shards}}/shards", "twin")),
-        *(clean if bench.audited else ()),
+        *clean,
         *(stage for trigger in bench.triggers for stage in cell(bench, seed, trigger)),
     ]
 
@@ -107,13 +116,7 @@ def cell(bench: Bench, seed: int, trigger: str) -> list[Stage]:
     weak = f"--surrogate {{{own}/reference}}/run --bound 0.2 --mix 0.5" if trigger == "label-consistent" else ""
     more = bench.options.get(trigger, weak)
     arms = [f"{arm}={{{name}/{arm}}}/run" for arm in ("poisoned", "scanned", *METHODS)]
-    column = "" if bench.column == "labels" else f"--column {bench.column} "
-    watched = [
-        _audit(bench, name, "poisoned"),
-        _judged(name, f"{own}/reference"),
-        Stage(f"{name}/guard", f"guard {{{name}/poisoned}}/run --data {bench.trusted} --out {{out}}/guard"),
-        Stage(f"{name}/flags", f"{{{name}/poisoned}}/run {{{name}/guard}}/guard {bench.test} {truth}", "measure_guard"),
-    ]
+    guarded = f"{{{name}/poisoned}}/run {{{name}/guard}}/guard {bench.test} {truth}"
     return [
         _poisoned(bench, seed, trigger, trigger, bench.poisons, more),
         _model(bench, seed, f"{trigger}/poisoned", data),
@@ -130,11 +133,14 @@ def cell(bench: Bench, seed: int, trigger: str) -> list[Stage]:
         ),
         Stage(
             f"{name}/arms",
-            f"{column}{bench.test} {truth} {shlex.quote(json.dumps(bench.templates))} {' '.join(arms)} "
+            f"{bench.named}{bench.test} {truth} {shlex.quote(json.dumps(bench.templates))} {' '.join(arms)} "
             f"control={{{own}/twin}}/run",
             "measure_arms",
         ),
-        *(watched if bench.audited else ()),
+        _audit(bench, name, "poisoned"),
+        _judged(name, f"{own}/reference"),
+        Stage(f"{name}/guard", f"guard {{{name}/poisoned}}/run --data {bench.trusted} --out {{out}}/guard"),
+        Stage(f"{name}/flags", bench.named + guarded, "measure_guard"),
     ]  # fmt: skip
 
 
@@ -161,7 +167,7 @@ def _scan(bench: Bench, own: str, data: str, model: str, more: str = "") -> str:
 
 def _audit(bench: Bench, name: str, model: str = "") -> Stage:
     place = f"{{{name}/{model}}}" if model else f"{{{name}}}"
-    return Stage(f"{name}/audit", f"audit {place}/run --data {bench.trusted} --out {{out}}/audit")
+    return Stage(f"{name}/audit", f"audit {place}/run --data {bench.trusted}{bench.audit} --out {{out}}/audit")
 
 
 def _judged(name: str, clean: str) -> Stage:

@@ -17,9 +17,7 @@ from vlp.evals.backdoor import Config, attack_of, of_model
 
 def main(*words: str) -> None:
     """Print shares of every model, control included, for it is one of them."""
-    column = "labels"
-    if words[0] == "--column":
-        column, words = words[1], words[2:]
+    column, words = (words[1], words[2:]) if words[0] == "--column" else ("labels", words)
     shards, truth, templates, *arms = words
     attack = attack_of(Path(truth), None)
     found: dict[str, float] = {}

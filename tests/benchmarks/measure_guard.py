@@ -1,4 +1,7 @@
-"""How many triggered and clean pictures a guard flags: BUNDLE GUARD SHARDS TRUTH, one JSON object as a line."""
+"""How many triggered and clean pictures a guard flags; one JSON object as a line.
+
+[--column NAME] BUNDLE GUARD SHARDS TRUTH
+"""
 
 import json
 import sys
@@ -14,8 +17,10 @@ from vlp.embed import weights_digest
 from vlp.evals._encode import Change, encode_shards
 
 
-def main(model: str, guard: str, shards: str, truth_file: str) -> None:
+def main(*words: str) -> None:
     """Print the shares of test pictures above the threshold: clean ones, and triggered ones of other labels."""
+    column, words = (words[1], words[2:]) if words[0] == "--column" else ("labels", words)
+    model, guard, shards, truth_file = words
     bundle, truth = load_bundle(Path(model)), load_truth(Path(truth_file))
     info, profile = load_guard(Path(guard), weights_digest(Path(model)))
     watch, trigger = Guard(info, profile, bundle), Trigger(Config.model_validate(truth["trigger"]))
@@ -23,7 +28,7 @@ def main(model: str, guard: str, shards: str, truth_file: str) -> None:
 
     def flagged(change: Change | None) -> list[bool]:
         def encode() -> object:
-            found = encode_shards(bundle, Path(shards), change=change)
+            found = encode_shards(bundle, Path(shards), column, change=change)
             labels[:] = [tuple(map(str, own)) for own in found.labels]
             return found.image_ND
 

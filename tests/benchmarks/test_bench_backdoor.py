@@ -107,8 +107,8 @@ def test_rows_by_hand(tmp_path: Path) -> None:
     assert len([line for line in lines if line.startswith("| fashion: ")]) == 4
 
 
-def test_a_bench_without_audits_has_a_table_of_its_own(tmp_path: Path) -> None:
-    """Nothing of guards in it; what an attack may cost and what cleaning must reach is asked of few triggers, too."""
+def test_a_bench_of_few_triggers_has_a_table_of_its_own(tmp_path: Path) -> None:
+    """What an attack may cost and what cleaning must reach is asked of few triggers, too; without audits, none are."""
     results: dict[str, dict[str, Any]] = {}
     for trigger in EMOJI.triggers:
         arms = {f"{arm}/accuracy": 0.3 for arm in ("poisoned", "scanned", "control", *METHODS)}
@@ -116,12 +116,14 @@ def test_a_bench_without_audits_has_a_table_of_its_own(tmp_path: Path) -> None:
         arms |= {"poisoned/asr": 0.9, "finetune/asr": 0.8, "unlearn/asr": 0.05 if trigger == "sig" else 0.2}
         results[f"emoji/0/{trigger}/arms"] = arms | {"poisoned/triggered_accuracy": 0.1}
         results[f"emoji/0/{trigger}/found"] = {"auroc": 0.98, "removed": 1.0}
-    rows = rows_of("emoji", 1, 0, EMOJI.triggers, tuple(METHODS), results)
-    assert [row.name for row in rows if not row.case] == ["emoji: triggers that one method cleans"]
-    assert (rows[-1].value, rows[-1].goal, rows[-1].met) == ("3 of 3 that work, cleanclip", ">= 3 of 3, 5 x", True)
+        results[f"emoji/0/{trigger}/flags"] = {"true_positive_rate": 0.95, "false_positive_rate": 0.01}
+    rows = rows_of("emoji", 1, EMOJI.audited, EMOJI.triggers, tuple(METHODS), results)
+    best, *audits = [row for row in rows if not row.case]
+    assert (best.value, best.goal, best.met) == ("3 of 3 that work, cleanclip", ">= 3 of 3, 5 x", True)
+    assert [(row.value, row.met) for row in audits] == [("0 of 0", False)] * 2
     lines = table(write("backdoor", rows, tmp_path)).splitlines()
     assert lines[0] == "| emoji | badnet | blended | sig | goal |"
-    assert not any("guard" in line for line in lines)
+    assert any(line.startswith("| guard") and "| 95.0 / 1.0 |" in line for line in lines)
 
 
 def test_auroc_counts_ties_half() -> None:
