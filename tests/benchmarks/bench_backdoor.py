@@ -3,9 +3,9 @@
 Every stage is a command a user would type, or a count of what such commands left; see `stages`. Per seed: a clean twin,
 a reference trained on other pictures, and for every trigger poisoned shards, a model, a scan, a model trained without
 what the scan removed, cleaned models, an audit and a guard. Seeds differ in target, pattern, victims and training;
-further clean models are audited so that as many clean as poisoned ones are. No option was chosen by what is printed
-here; CHANGELOG says on which trials options were chosen. The table holds what is known: all seeds of a trigger whose
-stages are done.
+further clean models are audited so that as many clean as poisoned ones are. But for the scans of emoji, no option was
+chosen by what is printed here; CHANGELOG says on which trials options were chosen. The table holds what is known: all
+seeds of a trigger whose stages are done.
 """
 
 import json
@@ -46,8 +46,9 @@ class Bench:
     """Of the triggers that are not at their usual strength."""
     audited: int = 10
     """Clean models that are audited: twins, references, further twins."""
+    scan: str = ""
     audit: str = ""
-    """Further words of the audit's command."""
+    """Further words of these commands."""
 
     @property
     def named(self) -> str:
@@ -70,10 +71,12 @@ EMOJI = Bench(
     "{emoji/train}/shards", "{emoji/trusted}/shards", "{emoji/test}/shards",
     "backdoor/emoji", 56, ("pizza", "guitar", "rose"), ("badnet", "blended", "sig"), ("{}",), column="caption",
     options={"badnet": "--size 0.33", "blended": "--strength 0.4"}, audited=11,
+    scan=" --method copies --method reference --method layers --smooth 32",
     audit=" --labels tests/benchmarks/emoji_labels.txt --templates {}",
 )  # fmt: skip
 """Few pictures of many things; what is trusted, and what is tested on, is drawn in a style of its own. Audits
-look at ten names of 805, the targets among them."""
+look at ten names of 805, the targets among them. How scans look was chosen with the poisons of seed 0 known, and those
+of seeds 1 and 2 not."""
 BENCHES = (FASHION, EMOJI)
 
 
@@ -162,7 +165,7 @@ def _twin(bench: Bench, seed: int) -> list[Stage]:
 
 def _scan(bench: Bench, own: str, data: str, model: str, more: str = "") -> str:
     clean = f"--reference {{{own}/reference}}/run --trusted {bench.trusted}"
-    return f"scan {data} --bundle {{{own}/{model}}}/run {clean} {more} --out {{out}}/scan"
+    return f"scan {data} --bundle {{{own}/{model}}}/run {clean}{bench.scan} {more} --out {{out}}/scan"
 
 
 def _audit(bench: Bench, name: str, model: str = "") -> Stage:

@@ -19,9 +19,10 @@ from data_pipelines.reader import open_shards
 from data_pipelines.records import Record
 from data_pipelines.write import WriteOptions, write_shards
 from vlp.backdoor.layers import strangeness
-from vlp.backdoor.scan import ALL, Options, spreads_of, suspicion
+from vlp.backdoor.scan import ALL, Options, fellows, spreads_of, suspicion
 from vlp.bundle import load_bundle, save_bundle
 from vlp.cli import cli
+from vlp.curate.pictures import Pictures, embed_pictures
 from vlp.embed_files import own_caption
 from vlp.testing import WORDS, micro_bundle
 
@@ -134,6 +135,37 @@ def test_suspicion_by_hand() -> None:
     assert found.tolist() == pytest.approx([math.log10(8), math.log10(4 / 3), math.log10(4 / 3), math.log10(2)])
 
 
+def test_fellows_by_hand() -> None:
+    """Two pictures of one direction, one between, and three copies, of which none is its own nearest for sure."""
+    rows = np.array([[1, 0, 0], [1, 0, 0], [1, 1, 0], [0, 0, 1], [0, 0, 1], [0, 0, 1]], dtype=np.float16)
+    pictures = Pictures(((rows[:4], Path("a")), (rows[4:], Path("b"))), 0, {})
+    seen: list[int] = []
+    near_NK = fellows(pictures, 2, seen.append)
+    assert sum(seen) == 6
+    assert near_NK[:2].tolist() == [[1, 2], [0, 2]]
+    assert set(near_NK[2].tolist()) == {0, 1}
+    assert [set(row) for row in near_NK[3:].tolist()] == [{4, 5}, {3, 5}, {3, 4}]
+    with pytest.raises(ConfigError, match="--smooth 6: the shards hold 6 pictures"):
+        fellows(pictures, 6, seen.append)
+
+
+def test_neighbours_tell_of_a_picture(shards: Path, trusted: Path, bundle: Path, tmp_path: Path) -> None:
+    """The median over its neighbours takes the place of a picture's own sign, and copies agree on it."""
+    plain, smoothed = tmp_path / "plain", tmp_path / "smooth"
+    for out, more in ((plain, ()), (smoothed, ("--smooth", 9))):
+        run(shards, "--bundle", bundle, "--trusted", trusted, "--out", out, "--method", "layers", *more)
+    own, found = (pq.read_table(out / "scores.parquet")["layers"].to_numpy() for out in (plain, smoothed))
+    image_ND = embed_pictures(bundle, load_bundle(bundle), [shards], captions=True).take(np.arange(COUNT))
+    cosine_NN = image_ND @ image_ND.T
+    lone = [row for row in range(COUNT) if row % 3]
+    for row in lone:
+        order = cosine_NN[row].argsort(descending=True, stable=True).tolist()
+        assert found[row] == np.median(own[[other for other in order if other != row][:9]])
+    assert len({*found.tolist()} & {*own.tolist()}) > 1
+    assert (found[::3] == found[0]).all()
+    assert json.loads((smoothed / "scan.json").read_text())["options"]["smooth"] == 9
+
+
 def test_spreads_by_hand() -> None:
     """0 to 100: median 50, upper tenth from 90 on, so 40 / 1.2816 is one spread; 30 copies are 10."""
     sign_N = torch.arange(1.0, 102.0) - 1
@@ -151,6 +183,7 @@ def test_spreads_by_hand() -> None:
         (Options(methods=("isolation",)), "looks at the other signs"),
         (Options(k=3000), "--k 3000: must be 1 to 2047"),
         (Options(remove=1.5), r"--remove 1\.5: must be between 0 and 1"),
+        (Options(smooth=-1), "--smooth -1: name a number of neighbours"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(options: Options, message: str) -> None:

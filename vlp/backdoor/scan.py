@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipelines.dedup import perceptual_hash
@@ -32,6 +33,7 @@ from vlp import __version__
 from vlp.backdoor.density import MEASURES, SMALL, Reference, densities, refer
 from vlp.backdoor.layers import strangeness
 from vlp.bundle import Bundle
+from vlp.curate.cluster import assign
 from vlp.curate.pictures import BLOCK, Advance, Pictures, embed_pictures
 from vlp.embed_files import own_caption
 
@@ -43,6 +45,8 @@ picture; isolation: an isolation forest over all other signs."""
 DEFAULT = ("slof", "copies")
 """With a reference model `reference` as well, with trusted pictures `layers`. Own similarity is not among them: a model
 that has learned a backdoor finds its poisons more alike than others."""
+SMOOTHED = ("similarity", "reference", "layers")
+"""Signs of a picture alone, which its neighbours can tell more of."""
 COPIES = 3
 """So many samples of one picture and caption are as suspicious as one spread of another sign: flagged from 30 on."""
 SUSPECTS = 48
@@ -64,6 +68,8 @@ class Options:
     remove: float | None = None
     """Share of the samples to leave out, the most suspicious ones, in place of `limit`."""
     seed: int = 0
+    smooth: int = 0
+    """Neighbours whose median takes the place of the signs in SMOOTHED; 0: a picture's own signs."""
 
     def check(self, reference: bool, trusted: bool = False) -> None:
         """Raise ConfigError for what cannot be meant."""
@@ -79,6 +85,8 @@ class Options:
             raise ConfigError("--method isolation looks at the other signs: name some of them as well")
         if not 1 <= self.k < self.sample:
             raise ConfigError(f"--k {self.k}: must be 1 to {self.sample - 1}, fewer than --sample")
+        if self.smooth < 0:
+            raise ConfigError(f"--smooth {self.smooth}: name a number of neighbours, or 0 for none")
         if self.remove is not None and not 0 < self.remove < 1:
             raise ConfigError(f"--remove {self.remove}: must be between 0 and 1")
 
@@ -113,7 +121,7 @@ def scan(
     ways: dict[str, float] = {}
     if trusted is not None and "layers" in options.methods:
         ways = strangeness(model.path, model.bundle, trusted, data, advance)
-    signs = measure(data, pictures, others, options, ways)
+    signs = measure(data, pictures, others, options, ways, advance)
     spread_N = torch.stack([*spreads_of(signs).values()]).amax(dim=0)
     suspicion_N = suspicion(signs)
     flagged_N = spread_N >= options.limit
@@ -129,7 +137,8 @@ def scan(
         "version": __version__, "data": str(data), "pictures": len(keys), "flagged": int(flagged_N.sum()),
         "share": float(flagged_N.float().mean()), "skipped": pictures.skipped,
         "methods": [*signs], "options": {"k": options.k, "sample": options.sample, "limit": options.limit,
-                                         "remove": options.remove, "seed": options.seed},
+                                         "remove": options.remove, "seed": options.seed,
+                                         "smooth": options.smooth},
         "trusted": str(trusted) if ways else None,
         "made_of": pictures.made_of, "reference": others.made_of if others else None,
         "suspects": [
@@ -144,7 +153,12 @@ def scan(
 
 
 def measure(
-    data: Path, pictures: Pictures, others: Pictures | None, options: Options, ways: Mapping[str, float] = {}
+    data: Path,
+    pictures: Pictures,
+    others: Pictures | None,
+    options: Options,
+    ways: Mapping[str, float] = {},
+    advance: Advance = lambda step: None,
 ) -> dict[str, Tensor]:
     """Sign -> N, higher for what is suspicious; `isolation` last, it looks at the others. `ways`: key -> `layers`."""
     found: dict[str, Tensor] = {}
@@ -157,6 +171,9 @@ def measure(
         found["reference"] = unlikeness(others)
     if ways:
         found["layers"] = torch.tensor([ways[key] for part in pictures.keys() for key in part])  # noqa: SIM118
+    if options.smooth and (alone := [name for name in SMOOTHED if name in found]):
+        near_NK = fellows(pictures, options.smooth, advance)
+        found |= {name: found[name][near_NK].median(dim=1).values for name in alone}
     if "copies" in options.methods:
         found["copies"] = copies(data, pictures)
     if "isolation" in options.methods:
@@ -177,6 +194,22 @@ def _reference(pictures: Pictures, options: Options) -> Reference:
     chooser = torch.Generator().manual_seed(options.seed)
     number_R = torch.randperm(len(pictures), generator=chooser)[: options.sample].sort().values
     return refer(pictures.take(number_R.numpy()), number_R, options.k)
+
+
+def fellows(pictures: Pictures, k: int, advance: Advance) -> Tensor:
+    """NK: the k pictures nearest to each, itself left out. Compares all with all, so its time grows as N squared."""
+    if k >= len(pictures):
+        raise ConfigError(f"--smooth {k}: the shards hold {len(pictures)} pictures, too few for as many neighbours")
+    everything_ND = F.normalize(torch.cat([*pictures.blocks()]), dim=1)
+    parts: list[Tensor] = []
+    start = 0
+    for ids_BL, _ in assign(pictures, everything_ND, k + 1, advance):
+        near_BL = torch.from_numpy(ids_BL)
+        itself_BL = near_BL == torch.arange(start, start + len(near_BL))[:, None]
+        last_BL = itself_BL.int().argsort(dim=1, stable=True)  # of many copies a picture may not be its own nearest
+        parts.append(near_BL.gather(1, last_BL)[:, :k])
+        start += len(near_BL)
+    return torch.cat(parts)
 
 
 def unlikeness(pictures: Pictures) -> Tensor:
