@@ -172,6 +172,7 @@ def test_spreads_by_hand() -> None:
     found = spreads_of({"slof": sign_N, "copies": torch.full((101,), math.log(30))})
     assert found["slof"][[50, 90]].tolist() == pytest.approx([0.0, 1.2816], abs=0.04)
     assert found["copies"][0].item() == pytest.approx(10.0)
+    assert spreads_of({"layers": torch.tensor([90.0])}, {"layers": sign_N})["layers"][0] == found["slof"][90]
 
 
 @pytest.mark.parametrize(

@@ -121,8 +121,9 @@ def scan(
     ways: dict[str, float] = {}
     if trusted is not None and "layers" in options.methods:
         ways = strangeness(model.path, model.bundle, trusted, data, advance)
-    signs = measure(data, pictures, others, options, ways, advance)
-    spread_N = torch.stack([*spreads_of(signs).values()]).amax(dim=0)
+    alone = measure(data, pictures, others, options, ways)
+    signs = smoothed(alone, pictures, options.smooth, advance)
+    spread_N = torch.stack([*spreads_of(signs, alone).values()]).amax(dim=0)
     suspicion_N = suspicion(signs)
     flagged_N = spread_N >= options.limit
     if options.remove is not None:
@@ -153,12 +154,7 @@ def scan(
 
 
 def measure(
-    data: Path,
-    pictures: Pictures,
-    others: Pictures | None,
-    options: Options,
-    ways: Mapping[str, float] = {},
-    advance: Advance = lambda step: None,
+    data: Path, pictures: Pictures, others: Pictures | None, options: Options, ways: Mapping[str, float] = {}
 ) -> dict[str, Tensor]:
     """Sign -> N, higher for what is suspicious; `isolation` last, it looks at the others. `ways`: key -> `layers`."""
     found: dict[str, Tensor] = {}
@@ -171,9 +167,6 @@ def measure(
         found["reference"] = unlikeness(others)
     if ways:
         found["layers"] = torch.tensor([ways[key] for part in pictures.keys() for key in part])  # noqa: SIM118
-    if options.smooth and (alone := [name for name in SMOOTHED if name in found]):
-        near_NK = fellows(pictures, options.smooth, advance)
-        found |= {name: found[name][near_NK].median(dim=1).values for name in alone}
     if "copies" in options.methods:
         found["copies"] = copies(data, pictures)
     if "isolation" in options.methods:
@@ -194,6 +187,15 @@ def _reference(pictures: Pictures, options: Options) -> Reference:
     chooser = torch.Generator().manual_seed(options.seed)
     number_R = torch.randperm(len(pictures), generator=chooser)[: options.sample].sort().values
     return refer(pictures.take(number_R.numpy()), number_R, options.k)
+
+
+def smoothed(signs: dict[str, Tensor], pictures: Pictures, k: int, advance: Advance) -> dict[str, Tensor]:
+    """The signs, each of SMOOTHED by the median of a picture's k nearest ones; as they are for k = 0."""
+    chosen = [name for name in SMOOTHED if name in signs]
+    if not (k and chosen):
+        return signs
+    near_NK = fellows(pictures, k, advance)
+    return signs | {name: signs[name][near_NK].median(dim=1).values for name in chosen}
 
 
 def fellows(pictures: Pictures, k: int, advance: Advance) -> Tensor:
@@ -258,14 +260,18 @@ def isolation(signs: dict[str, Tensor], seed: int) -> Tensor:
     return torch.from_numpy(-IsolationForest(random_state=seed).fit(table).score_samples(table)).float()
 
 
-def spreads_of(signs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every sign in deviations above its median, such that a tenth of a normal bulk is above 1.28."""
+def spreads_of(signs: dict[str, Tensor], bulk: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Every sign in deviations above its median, such that a tenth of a normal bulk is above 1.28.
+
+    `bulk`: signs whose deviations and medians these are, if not their own: smoothing would make small ones of them.
+    """
     scaled = {}
     for name, sign_N in signs.items():
         if name == "copies":  # most samples have none: no bulk to measure by
             scaled[name] = sign_N.exp() / COPIES
             continue
-        middle, upper = (sign_N.kthvalue(max(1, round(share * len(sign_N)))).values for share in (0.5, 0.9))
+        own_N = (bulk or signs)[name]
+        middle, upper = (own_N.kthvalue(max(1, round(share * len(own_N)))).values for share in (0.5, 0.9))
         scaled[name] = (sign_N - middle) / ((upper - middle) / 1.2816).clamp(min=SMALL)
     return scaled
 
