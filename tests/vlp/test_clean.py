@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_cleaning_leaves_out_what_looks_planted_and_says_what_it_cost(
 ) -> None:
     """A low limit flags some of the pairs; with the share allowed they are left out, with less they end the command."""
     data = str(starter_shards / "val")
-    monkeypatch.setattr(scanning.Options.__init__, "__defaults__", (("slof",), 16, 200, 4.0, None, 0))
+    monkeypatch.setattr(scanning, "Options", partial(scanning.Options, ("slof",), sample=200, limit=4.0))
     monkeypatch.setattr(cleaning, "MOST_FLAGGED", 0.2)
     command = ["clean", str(trained), "--data", data, "--steps", "3", "--batch-size", "32", "run.threads=1", "--json"]
     done = CliRunner().invoke(cli, [*command, "--out", str(tmp_path / "run"), "--val", data])
